@@ -1,0 +1,50 @@
+# Settings, each to be set on the command line or in the environment: `make run PORT=9000`
+# The Python that makes the virtual environment: the first on the PATH that is new enough
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+# Where the virtual environment is
+VENV ?= .venv
+# Where the embedded Postgres of `make run` keeps its data
+DATA ?= .postgres
+# What `make test` gives to pytest: `make test ARGS='-k birthday'`
+ARGS ?=
+
+.DEFAULT_GOAL := help
+export PORT METRICS_PORT PYTHONDONTWRITEBYTECODE = 1
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: run
+run: $(VENV)/run ## Serve on PORT (8080), with an embedded Postgres unless PGHOST is set
+	@$(VENV)/bin/python embedded.py $(DATA) $(VENV)/bin/gunicorn hello:application
+
+.PHONY: test
+test: $(VENV)/dev ## Run every test, against real Postgres servers of its own
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+.PHONY: lint
+lint: $(VENV)/dev ## Check style and format
+	@$(VENV)/bin/ruff check
+	@$(VENV)/bin/ruff format --check
+
+.PHONY: format
+format: $(VENV)/dev ## Put the code into the format that `make lint` checks
+	@$(VENV)/bin/ruff check --fix
+	@$(VENV)/bin/ruff format
+
+.PHONY: lock
+lock: $(VENV)/dev ## Pin the newest dependencies, with hashes, in requirements*.txt
+	@for name in requirements requirements-run requirements-dev; do $(VENV)/bin/uv pip compile --quiet --upgrade \
+		--universal --python-version 3.11 --generate-hashes --no-header $$name.in -o $$name.txt >/dev/null; done
+
+$(VENV)/bin/python:
+	@$(if $(PYTHON),,echo 'hello needs Python 3.11 or newer on the PATH: install it, or name one with PYTHON=/path/to/python3' >&2; exit 1)
+	@$(PYTHON) -m venv $(VENV) >/dev/null || { rm -rf $(VENV); \
+		echo 'Python has no venv module here: install it (on Debian: apt-get install python3-venv)' >&2; exit 1; }
+
+$(VENV)/run $(VENV)/dev: $(VENV)/%: requirements-%.txt requirements.txt | $(VENV)/bin/python
+	@echo 'Installing what $< pins ...'
+	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@touch $@

@@ -1,0 +1,50 @@
+"""How gunicorn serves hello; `gunicorn hello:application` in this folder reads it by itself.
+
+Settings (environment variables)
+    PORT                port of the service, on every IPv4 address (default 8080)
+    WEB_CONCURRENCY     worker processes (default 2): one for each core it may use
+    WORKER_CONNECTIONS  clients a worker holds at once (default 1000); the next wait to be accepted
+    GRACEFUL_TIMEOUT    seconds a stopping worker may take for what it has begun (default 8)
+Those of a connection's phases are in worker.py, those of the database in hello.py.
+"""
+
+import os
+import resource
+from pathlib import Path
+
+# On every address: in a container or a pod, others must reach it.
+bind = [f"0.0.0.0:{os.environ.get('PORT') or 8080}"]
+
+# With gunicorn's threads or its plain gevent worker, a hundred slow clients shut the others out, or hold their
+# place without a bound. Every wait of this one ends.
+worker_class = "worker.Worker"
+workers = int(os.environ.get("WEB_CONCURRENCY") or 2)
+worker_connections = int(os.environ.get("WORKER_CONNECTIONS") or 1000)
+
+# A name of 2,500 bytes, percent-encoded; the headers of a browser or a proxy are far below these.
+limit_request_line = 8190
+limit_request_fields = 64
+limit_request_field_size = 4096
+
+# Docker gives ten seconds between SIGTERM and SIGKILL. The longest request takes 4.5 s.
+graceful_timeout = int(os.environ.get("GRACEFUL_TIMEOUT") or 8)
+# A worker that does not run at all for this long (in seconds) is replaced. It is no bound on a request.
+timeout = 30
+
+# The heartbeat: in memory, because on a slow disk it stalls the worker; and the root may be read-only.
+worker_tmp_dir = next((path for path in ("/dev/shm",) if os.access(path, os.W_OK)), None)
+# It would be a socket in the home folder, which need not exist.
+control_socket_disable = True
+
+# Nobody may set SCRIPT_NAME, PATH_INFO or the scheme with a header, wherever the request comes from.
+forwarded_allow_ips = ""
+forwarder_headers = ""
+secure_scheme_headers = {}
+
+# Each client is an open file; the usual soft limit of 1,024 would be reached first.
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+wanted = 2 * worker_connections + 100
+if soft != resource.RLIM_INFINITY and soft < wanted:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+
+chdir = str(Path(__file__).parent)

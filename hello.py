@@ -1,0 +1,524 @@
+"""Keep dates of birth and say how long it is until the birthday: a WSGI application (PEP 3333).
+
+Routes
+    PUT     /hello/<username>   {"dateOfBirth": "YYYY-MM-DD"}: save or replace it, 204
+    GET     /hello/<username>   200 {"message": "Hello, <username>! Your birthday is in N day(s)"}
+    GET     /livez              200 while the process answers; never asks the database
+    GET     /readyz             200 while the database answers, else 503
+    HEAD and OPTIONS work on each. Every error is {"message": "<what is wrong and what would be right>"}.
+
+Settings (environment variables)
+    PGHOST, PGUSER, ...     where Postgres is: every setting of libpq, and nothing else
+    TZ                      time zone whose today counts, an IANA name (default UTC)
+    DATABASE_CONNECTIONS    connections a process keeps for each of its two operations (default 1)
+    BATCH_SIZE              requests that may share one statement (default 100)
+    QUEUE_TIMEOUT           seconds a request waits for a connection (default 1.5)
+    CONNECT_TIMEOUT         seconds one attempt to connect may take (default 1)
+    STATEMENT_TIMEOUT       seconds Postgres may work on one statement (default 1)
+    DATABASE_TIMEOUT        seconds a statement may take with connecting and second tries (default 3)
+    INIT_TIMEOUT            seconds init-db tries to reach the database (default 60)
+    PORT                    port of `python hello.py` (default 8080)
+    Once its content is read, a request takes QUEUE_TIMEOUT + DATABASE_TIMEOUT at most.
+
+Run it with `gunicorn hello:application`, or `python hello.py` for the standard library's server;
+`python hello.py init-db` applies schema.sql and exits. Any WSGI server will do: nothing here knows which.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import select
+import sys
+import threading
+import traceback
+import unicodedata
+from calendar import isleap
+from collections import deque
+from collections.abc import Callable, Iterable
+from datetime import MAXYEAR, date, datetime
+from http import HTTPStatus
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any, NamedTuple
+from wsgiref.simple_server import make_server
+from wsgiref.types import StartResponse, WSGIEnvironment
+from zoneinfo import ZoneInfo
+
+import psycopg2
+from psycopg2 import errors, extensions
+from psycopg2.extras import execute_values
+
+# --- Settings ---------------------------------------------------------------------------------------
+
+
+def setting(name: str, default: float, least: float = 0.001) -> float:
+    """Read a number from the environment; exit with a one-line error where it is none or too small."""
+    text = os.environ.get(name) or str(default)
+    try:
+        if least <= (value := type(default)(text)) < float("inf"):
+            return value
+    except ValueError:
+        pass
+    sys.exit(f"{name}={text!r} is no number from {least} up; the default is {default}")
+
+
+def time_zone(name: str) -> ZoneInfo:
+    """Return a time zone by its IANA name; exit with a one-line error where it is unknown."""
+    try:
+        return ZoneInfo(name)
+    except (KeyError, ValueError, OSError):  # not found, not a name, a folder of names
+        sys.exit(f"TZ={name!r} is not a known time zone; use an IANA name such as Europe/Berlin")
+
+
+ZONE = time_zone(os.environ.get("TZ") or "UTC")
+DATABASE_CONNECTIONS = setting("DATABASE_CONNECTIONS", 1, least=1)
+BATCH_SIZE = setting("BATCH_SIZE", 100, least=1)
+QUEUE_TIMEOUT = setting("QUEUE_TIMEOUT", 1.5)
+CONNECT_TIMEOUT = setting("CONNECT_TIMEOUT", 1.0)
+STATEMENT_TIMEOUT = setting("STATEMENT_TIMEOUT", 1.0)
+DATABASE_TIMEOUT = setting("DATABASE_TIMEOUT", 3.0)
+
+DATE = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")  # date.fromisoformat accepts more than that
+EXAMPLE = '{"dateOfBirth": "YYYY-MM-DD"}'
+MAX_CONTENT_BYTES = 4096
+MAX_USERNAME_LETTERS = 255
+MAX_USERNAME_BYTES = 2500  # Postgres' index takes 2,704, a request line of 8,190 bytes 2,720
+
+LOG = logging.getLogger("hello")
+
+# --- SQL --------------------------------------------------------------------------------------------
+
+# LOCAL, and in the same message as the statement it bounds: nothing stays behind in a session that
+# a transaction-mode PgBouncer may lend to somebody else, and it costs no round trip.
+BOUND_STATEMENT = "SET LOCAL statement_timeout = %s; "
+FIND_DATES_OF_BIRTH = "SELECT username, date_of_birth FROM users WHERE username = ANY(%s)"
+SAVE_DATES_OF_BIRTH = """
+    INSERT INTO users (username, date_of_birth) VALUES %s
+    ON CONFLICT (username) DO UPDATE SET date_of_birth = EXCLUDED.date_of_birth
+"""
+
+# --- Database ---------------------------------------------------------------------------------------
+
+
+class Unavailable(Exception):
+    """The database was down, slow or unwilling; the same request may well succeed later."""
+
+
+class Connection(extensions.connection):
+    """A connection that never waits for Postgres past its `deadline`, in monotonic seconds."""
+
+    def __init__(self, dsn: str, **arguments: Any) -> None:
+        self.deadline = monotonic() + CONNECT_TIMEOUT
+        super().__init__(dsn, **arguments)
+
+
+def wait(connection: Connection) -> None:
+    """Wait for libpq's next answer; raise TimeoutError at the connection's deadline.
+
+    psycopg2 calls it wherever libpq would block, which has no bound of its own on a server that
+    accepts and never answers. Where the server made `select` cooperative, this is, too.
+    """
+    while (state := connection.poll()) != extensions.POLL_OK:
+        poller = select.poll()
+        poller.register(connection, select.POLLIN if state == extensions.POLL_READ else select.POLLOUT)
+        if not poller.poll(max(0, connection.deadline - monotonic()) * 1000):
+            raise TimeoutError
+
+
+extensions.set_wait_callback(wait)
+silent_hosts = 0  # how often a host accepted and then said nothing
+
+
+def connect() -> Connection:
+    """Open a connection with libpq's own settings; raise psycopg2.Error or TimeoutError.
+
+    libpq goes on to the next of several hosts when one refuses. When one is silent, its time is up:
+    the next attempt then starts with the next host.
+    """
+    global silent_hosts
+    order = {}
+    for name in ("host", "hostaddr", "port"):
+        items = os.environ.get(f"PG{name.upper()}", "").split(",")
+        if len(items) > 1:
+            order[name] = ",".join(items[(i + silent_hosts) % len(items)] for i in range(len(items)))
+    try:
+        connection = psycopg2.connect(
+            connection_factory=Connection,
+            fallback_application_name="hello",
+            client_encoding="UTF8",
+            tcp_user_timeout=round(CONNECT_TIMEOUT * 1000),  # how long a vanished peer is believed in
+            **order,
+        )
+    except TimeoutError:
+        silent_hosts += 1
+        raise
+    connection.autocommit = True
+    return connection
+
+
+class Line:
+    """A place for one connection to Postgres: opened when it is needed, replaced when it died."""
+
+    connection: Connection | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self.connection is not None and not self.connection.closed
+
+    def execute(self, statement: "Statement", rows: list[Any], deadline: float) -> list[Any]:
+        """Run a statement, and once more if its connection was lost: each of ours can be repeated safely.
+
+        Raises:
+            psycopg2.Error, TimeoutError: it failed; `is_open` tells whether the connection did, too.
+        """
+        for may_repeat in (True, False):
+            try:
+                if not self.is_open:
+                    self.connection = connect()
+                self.connection.deadline = deadline
+                with self.connection.cursor() as cursor:
+                    return statement(cursor, rows)
+            except (psycopg2.Error, TimeoutError) as error:
+                if isinstance(error, errors.ReadOnlySqlTransaction):
+                    self.connection.close()  # a primary no more: libpq knows how to find the new one
+                if self.is_open or not may_repeat or monotonic() + CONNECT_TIMEOUT > deadline:
+                    raise
+        raise AssertionError("the last try returns or raises")
+
+
+Statement = Callable[[Any, list[Any]], list[Any]]
+
+
+def find(cursor: Any, usernames: list[str]) -> list[date | None]:
+    """Return the date of birth of each username, None where there is none."""
+    cursor.execute(BOUND_STATEMENT + FIND_DATES_OF_BIRTH, (round(STATEMENT_TIMEOUT * 1000), usernames))
+    found = dict(cursor.fetchall())
+    return [found.get(username) for username in usernames]
+
+
+def save(cursor: Any, rows: list[tuple[str, date]]) -> list[None]:
+    """Save dates of birth: of each username the last, and in one order, so that no two batches deadlock."""
+    bound = cursor.mogrify(BOUND_STATEMENT, (round(STATEMENT_TIMEOUT * 1000),)).decode()
+    unique = sorted(dict(rows).items())
+    execute_values(cursor, bound + SAVE_DATES_OF_BIRTH, unique, page_size=len(unique))
+    if cursor.connection.notices:
+        # To cancel the wait for a synchronous standby is a mere warning: the row may be on one server only.
+        cursor.connection.close()
+        raise psycopg2.OperationalError("committed with a warning")
+    return [None] * len(rows)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Request:
+    """A row on its way to Postgres, and what came of it."""
+
+    row: Any
+    ready: threading.Event = dataclasses.field(default_factory=threading.Event)
+    line: Line | None = None  # whoever is given one runs the next statement
+    result: Any = None
+    error: Exception | None = Unavailable("not run")
+
+
+class Batcher:
+    """Run one statement for all who wait for a connection.
+
+    A request that finds a line idle runs its statement at once. Those that come meanwhile wait; the first
+    of them gets the line next and runs one statement for all. So nobody waits for company, and nobody
+    gets the answer of a statement that was sent before the request came.
+    """
+
+    def __init__(self, statement: Statement) -> None:
+        self.statement = statement
+        self.idle = [Line() for _ in range(DATABASE_CONNECTIONS)]
+        self.waiting: deque[Request] = deque()
+        self.lock = threading.Lock()
+
+    def __call__(self, row: Any) -> Any:
+        """Return the statement's result for a row; raise Unavailable."""
+        request = Request(row)
+        with self.lock:
+            if self.idle:
+                request.line = self.idle.pop()
+            else:
+                self.waiting.append(request)
+        if not request.line and not request.ready.wait(QUEUE_TIMEOUT):
+            with self.lock:
+                if request in self.waiting:
+                    self.waiting.remove(request)
+                    raise Unavailable("no connection came free")
+            request.ready.wait()  # it is in a batch by now, which has a bound of its own
+        if request.line:
+            self.lead(request)
+        if request.error:
+            raise Unavailable from request.error
+        return request.result
+
+    def lead(self, request: Request) -> None:
+        """Run one statement for this request and those who wait, then hand the line on."""
+        line = request.line
+        with self.lock:
+            batch = [request] + [self.waiting.popleft() for _ in range(min(BATCH_SIZE - 1, len(self.waiting)))]
+        try:
+            self.run(line, batch, monotonic() + DATABASE_TIMEOUT)
+        finally:  # also when the server ends this request: the others must not wait for ever
+            with self.lock:
+                heir = self.waiting.popleft() if self.waiting else None
+                if heir:
+                    heir.line = line
+                else:
+                    self.idle.append(line)
+            for woken in [*batch[1:], heir] if heir else batch[1:]:
+                woken.ready.set()
+
+    def run(self, line: Line, batch: list[Request], deadline: float) -> None:
+        """Give each request its result or its error; try row by row after an error that may be one row's."""
+        start, error, results = monotonic(), None, [None] * len(batch)
+        try:
+            results = line.execute(self.statement, [request.row for request in batch], deadline)
+        except (psycopg2.Error, TimeoutError) as failure:
+            error = failure
+        observe(self.statement.__name__, len(batch), monotonic() - start, error)
+        for request, request.result in zip(batch, results, strict=True):
+            request.error = error
+        if error and line.is_open and len(batch) > 1:
+            for request in batch:
+                if monotonic() < deadline:
+                    self.run(line, [request], deadline)
+
+
+def observe(statement: str, rows: int, seconds: float, error: BaseException | None) -> None:
+    """Do nothing: where telemetry is on, it puts itself here to learn of each statement sent."""
+
+
+find_date_of_birth = Batcher(find)
+save_date_of_birth = Batcher(save)
+
+
+def init_db() -> None:
+    """Apply schema.sql as soon as the database answers; exit with a one-line error if it never does."""
+    deadline = monotonic() + setting("INIT_TIMEOUT", 60.0)
+    schema = Path(__file__).with_name("schema.sql").read_text()
+    while True:
+        try:
+            return Line().execute(lambda cursor, _: cursor.execute(schema), [], deadline)
+        except (psycopg2.Error, TimeoutError) as error:
+            if monotonic() + 1 > deadline:
+                sys.exit(f"init-db: {' '.join(str(error).split()) or 'no answer'}; check PGHOST, PGUSER, PGPASSWORD")
+        sleep(1)
+
+
+# --- Birthday arithmetic ----------------------------------------------------------------------------
+
+
+def today() -> date:
+    """Return today in the service's time zone."""
+    return datetime.now(ZONE).date()
+
+
+def birthday_in(year: int, born: date) -> date:
+    """Return the birthday in a year; of 29 February it is 1 March in common years, as UK law counts age."""
+    if (born.month, born.day) == (2, 29) and not isleap(year):
+        return date(year, 3, 1)
+    return born.replace(year=year)
+
+
+def days_until_birthday(born: date, on: date) -> int:
+    """Return the days from a date to the next birthday: 0 on the day, 365 at most."""
+    if on.year == MAXYEAR:
+        on = on.replace(year=MAXYEAR - 400)  # `date` has no year 10000, but the calendar repeats
+    birthday = birthday_in(on.year, born)
+    if birthday < on:
+        birthday = birthday_in(on.year + 1, born)
+    return (birthday - on).days
+
+
+# --- Requests and responses -------------------------------------------------------------------------
+
+
+class Response(NamedTuple):
+    """A status, its message (None for no content) and headers beyond those that every response has."""
+
+    status: HTTPStatus
+    message: str | None = None
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+class Refused(Exception):
+    """The answer to a request that cannot be served as it is: what is wrong, what would be right."""
+
+    def __init__(self, status: HTTPStatus, message: str, *headers: tuple[str, str]) -> None:
+        self.response = Response(status, message, headers)
+
+
+def parse_username(text: str) -> str:
+    """Read a username from PATH_INFO: letters with their combining marks, in NFC (Unicode UAX #15).
+
+    Raises:
+        Refused: 400.
+    """
+    try:
+        name = unicodedata.normalize("NFC", text.encode("latin-1").decode())  # PEP 3333: bytes as latin-1
+    except UnicodeError:
+        raise Refused(HTTPStatus.BAD_REQUEST, "The username must be percent-encoded UTF-8.") from None
+    kinds = ["L" if character.isalpha() else unicodedata.category(character) for character in name]
+    if not {*kinds} <= {"L", "Mn", "Mc"} or kinds[:1] != ["L"]:
+        raise Refused(HTTPStatus.BAD_REQUEST, "The username must be one or more letters and nothing else.")
+    if kinds.count("L") > MAX_USERNAME_LETTERS or len(name.encode()) > MAX_USERNAME_BYTES:
+        limits = f"{MAX_USERNAME_LETTERS} letters and {MAX_USERNAME_BYTES} bytes of UTF-8"
+        raise Refused(HTTPStatus.BAD_REQUEST, f"The username must be at most {limits} long.")
+    return name
+
+
+def read_content(environ: WSGIEnvironment) -> bytes:
+    """Read a request's content of stated length, or (chunked) up to where the server ends the input.
+
+    Raises:
+        Refused: 400 where it is broken or cut short, 413 beyond MAX_CONTENT_BYTES.
+    """
+    length = environ.get("CONTENT_LENGTH") or ("" if environ.get("wsgi.input_terminated") else "0")
+    if not re.fullmatch("[0-9]{0,18}", length):
+        raise Refused(HTTPStatus.BAD_REQUEST, "Content-Length must be a number of bytes.")
+    expected = int(length) if length else MAX_CONTENT_BYTES + 1
+    content = b""
+    if not length or expected <= MAX_CONTENT_BYTES:
+        try:
+            content = environ["wsgi.input"].read(expected)
+        except Exception:  # each server has its own errors for a bad chunk or a client that went away
+            raise Refused(HTTPStatus.BAD_REQUEST, "The content must arrive whole and well-formed.") from None
+    if max(len(content), int(length or 0)) > MAX_CONTENT_BYTES:
+        raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"Send at most {MAX_CONTENT_BYTES} bytes.")
+    if len(content) < int(length or 0):
+        raise Refused(HTTPStatus.BAD_REQUEST, "The content must be as long as its Content-Length says.")
+    return content
+
+
+def parse_date_of_birth(content: bytes) -> date:
+    """Read {"dateOfBirth": "YYYY-MM-DD"} from JSON (RFC 8259): a real date, before today.
+
+    Raises:
+        Refused: 400.
+    """
+    if not content:
+        raise Refused(HTTPStatus.BAD_REQUEST, f"The content is missing: send {EXAMPLE}.")
+    try:
+        document = json.loads(content.decode(), parse_constant=json.loads)  # NaN is not JSON
+    except (ValueError, RecursionError):
+        raise Refused(HTTPStatus.BAD_REQUEST, f"The content is not JSON in UTF-8: send {EXAMPLE}.") from None
+    text = document.get("dateOfBirth") if isinstance(document, dict) else None
+    if not isinstance(text, str):
+        raise Refused(HTTPStatus.BAD_REQUEST, f"There is no dateOfBirth string: send {EXAMPLE}.")
+    try:
+        born = date.fromisoformat(text if DATE.fullmatch(text) else "")
+    except ValueError:
+        raise Refused(HTTPStatus.BAD_REQUEST, "dateOfBirth must be a real date, written YYYY-MM-DD.") from None
+    if born >= today():
+        raise Refused(HTTPStatus.BAD_REQUEST, "dateOfBirth must be before today.")
+    return born
+
+
+# --- Handlers ---------------------------------------------------------------------------------------
+
+
+def get_hello(environ: WSGIEnvironment, username: str) -> Response:
+    """Greet a user with the days until the birthday: 200, 404."""
+    born = find_date_of_birth(username)
+    if born is None:
+        raise Refused(HTTPStatus.NOT_FOUND, "No date of birth is saved for this username: PUT it first.")
+    days = days_until_birthday(born, today())
+    wish = f"Your birthday is in {days} day(s)" if days else "Happy birthday!"
+    return Response(HTTPStatus.OK, f"Hello, {username}! {wish}")
+
+
+def put_hello(environ: WSGIEnvironment, username: str) -> Response:
+    """Save or replace a user's date of birth: 204 once Postgres has committed it, 400, 413."""
+    save_date_of_birth((username, parse_date_of_birth(read_content(environ))))
+    return Response(HTTPStatus.NO_CONTENT)
+
+
+def get_livez(environ: WSGIEnvironment) -> Response:
+    """Say that the process answers: 200."""
+    return Response(HTTPStatus.OK, "alive")
+
+
+def get_readyz(environ: WSGIEnvironment) -> Response:
+    """Ask the database what a greeting asks it, of a name that nobody has: 200, 503."""
+    find_date_of_birth("")
+    return Response(HTTPStatus.OK, "ready")
+
+
+# --- Routing ----------------------------------------------------------------------------------------
+
+HELLO = "/hello/<username>"
+ROUTES: dict[str, dict[str, Callable[..., Response]]] = {
+    HELLO: {"GET": get_hello, "PUT": put_hello},
+    "/livez": {"GET": get_livez},
+    "/readyz": {"GET": get_readyz},
+}
+
+
+def route(environ: WSGIEnvironment) -> Response:
+    """Call the handler for the path and the method; leave the path's template in `hello.route`.
+
+    Raises:
+        Refused: 404 for another path, 405 for another method (RFC 9110, section 15.5.6), or the handler's.
+    """
+    path, method = environ.get("PATH_INFO", ""), environ["REQUEST_METHOD"]
+    template = HELLO if path.startswith("/hello/") else path
+    if template not in ROUTES:
+        raise Refused(HTTPStatus.NOT_FOUND, f"There is nothing here: try {', '.join(ROUTES)}.")
+    environ["hello.route"] = template
+    arguments = [parse_username(path.removeprefix("/hello/"))] if template is HELLO else []
+    handlers = ROUTES[template]
+    allow = ("Allow", ", ".join(sorted({*handlers, "HEAD", "OPTIONS"})))
+    if method == "OPTIONS":
+        return Response(HTTPStatus.NO_CONTENT, headers=(allow,))
+    handler = handlers.get("GET" if method == "HEAD" else method)
+    if handler is None:
+        raise Refused(HTTPStatus.METHOD_NOT_ALLOWED, f"The method must be one of {allow[1]}.", allow)
+    return handler(environ, *arguments)
+
+
+# --- Application ------------------------------------------------------------------------------------
+
+UNAVAILABLE = Response(
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    "The database does not answer at the moment: try again in a second.",
+    (("Retry-After", "1"),),
+)
+
+
+def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    """Answer a request (PEP 3333); whatever happens, the client sees no 500 and no traceback."""
+    try:
+        response = route(environ)
+    except Refused as refused:
+        response = refused.response
+    except Unavailable:
+        response = UNAVAILABLE
+    except Exception as error:  # a defect of ours; its text may hold personal data, its place does not
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        LOG.error("%s in %s, line %s", type(error).__name__, place.filename, place.lineno)
+        response = UNAVAILABLE
+    headers = [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), *response.headers]
+    content = b""
+    if response.message is not None:
+        content = json.dumps({"message": response.message}, ensure_ascii=False).encode()
+        headers += [("Content-Type", "application/json"), ("Content-Length", str(len(content)))]
+    start_response(f"{response.status.value} {response.status.phrase}", headers)
+    return [] if environ["REQUEST_METHOD"] == "HEAD" else [content]
+
+
+def main(arguments: list[str]) -> None:
+    """Run `init-db`, or serve on PORT with the standard library's server."""
+    if arguments == ["init-db"]:
+        init_db()
+    elif arguments:
+        sys.exit("usage: python hello.py [init-db]")
+    else:
+        make_server("127.0.0.1", setting("PORT", 8080, least=1), application).serve_forever()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

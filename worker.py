@@ -1,0 +1,128 @@
+"""The gunicorn worker that serves hello: gunicorn's parser and gevent's server, every wait bounded.
+
+What it does that gunicorn's own gevent worker does not, each seen to matter (see test_resilience.py):
+a bound of its own for each phase of a connection (idle, head, content, sending), errors as JSON and
+without a word of the request in them or in the log, one `send` a response instead of two, idle
+connections closed when the worker stops, and a closing that does not destroy the answer just sent.
+"""
+
+import io
+import os
+import socket
+from http import HTTPStatus
+from typing import Any
+
+import gevent
+from gunicorn.http import RequestParser, errors
+from gunicorn.http.message import Request
+from gunicorn.http.wsgi import Response, create
+from gunicorn.workers.ggevent import GeventWorker
+
+KEEPALIVE_TIMEOUT = float(os.environ.get("KEEPALIVE_TIMEOUT") or 75)
+HEAD_TIMEOUT = float(os.environ.get("HEAD_TIMEOUT") or 10)
+CONTENT_TIMEOUT = float(os.environ.get("CONTENT_TIMEOUT") or 10)
+SEND_TIMEOUT = float(os.environ.get("SEND_TIMEOUT") or 10)
+
+MAX_CONTENT_BYTES = 65536  # read, so that the connection can go on; hello refuses far less
+DRAIN_SECONDS = 1  # how long a connection that is being closed may still talk
+REFUSALS: dict[type[Exception], tuple[HTTPStatus, str]] = {
+    errors.LimitRequestLine: (HTTPStatus.REQUEST_URI_TOO_LONG, "The request line must be shorter."),
+    errors.LimitRequestHeaders: (HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "Send fewer and shorter headers."),
+    errors.ExpectationFailed: (HTTPStatus.EXPECTATION_FAILED, "Expect must be 100-continue."),
+    gevent.Timeout: (HTTPStatus.REQUEST_TIMEOUT, "The request must arrive sooner."),
+}
+MALFORMED = (HTTPStatus.BAD_REQUEST, "The request must be well-formed HTTP/1.1, with one Host and one length.")
+
+
+class OneSend(Response):
+    """A response whose head waits for its content."""
+
+    def whole(self, content: bytes) -> bytes:
+        """Return the response's bytes: status line, headers and content."""
+        lines = self.default_headers() + [f"{name}: {value}\r\n" for name, value in self.headers]
+        return "".join([*lines, "\r\n"]).encode("latin-1") + content
+
+
+class Worker(GeventWorker):
+    """Serve keep-alive connections, one greenlet each."""
+
+    def init_process(self) -> None:
+        self.idle: set[Any] = set()
+        super().init_process()
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """Stop gracefully: answers say `Connection: close`, then connections with nothing to say are closed."""
+        super().handle_exit(sig, frame)
+        gevent.spawn_later(DRAIN_SECONDS, self.close_idle)
+
+    def close_idle(self) -> None:
+        while self.idle:
+            self.idle.pop().shutdown(socket.SHUT_RD)
+
+    def handle(self, listener: Any, client: Any, addr: Any) -> None:
+        """Serve one connection until either side has had enough."""
+        try:
+            client.settimeout(SEND_TIMEOUT)
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.converse(listener.getsockname(), client, addr)
+            self.close_gently(client)
+        except (OSError, errors.NoMoreData):
+            pass  # the client went away
+        finally:
+            client.close()
+
+    def converse(self, listener_name: Any, client: Any, addr: Any) -> None:
+        """Read requests and answer them, one after the other."""
+        parser = RequestParser(self.cfg, client, addr)
+        try:
+            while data := parser.unreader.take_buffered() or self.wait_idle(client):
+                parser.unreader.unread(data)
+                with gevent.Timeout(HEAD_TIMEOUT):
+                    request = next(parser)
+                if not self.answer(request, client, addr, listener_name):
+                    return
+        except StopIteration:
+            pass
+        except (errors.ParseException, gevent.Timeout, UnicodeError) as error:
+            self.refuse(client, *REFUSALS.get(type(error), MALFORMED))
+
+    def wait_idle(self, client: Any) -> bytes:
+        """Return the first bytes of the next request, none where none come."""
+        self.idle.add(client)
+        try:
+            with gevent.Timeout(KEEPALIVE_TIMEOUT, False):
+                return client.recv(8192)
+        finally:
+            self.idle.discard(client)
+        return b""
+
+    def answer(self, request: Request, client: Any, addr: Any, listener_name: Any) -> bool:
+        """Answer a request; return whether the connection can go on."""
+        if request.version >= (1, 1) and not any(name == "HOST" for name, _ in request.headers):
+            raise errors.InvalidHeader("Host")
+        response, environ = create(request, client, addr, listener_name, self.cfg, response_class=OneSend)
+        environ["wsgi.multithread"] = True
+        with gevent.Timeout(CONTENT_TIMEOUT):
+            content = request.body.read(MAX_CONTENT_BYTES + 1)
+        environ["wsgi.input"] = io.BytesIO(content)
+        if len(content) > MAX_CONTENT_BYTES or not self.alive:
+            response.force_close()
+        client.sendall(response.whole(b"".join(self.wsgi(environ, response.start_response))))
+        return not response.should_close()
+
+    def refuse(self, client: Any, status: HTTPStatus, message: str) -> None:
+        """Answer what is no request."""
+        content = b'{"message": "%s"}' % message.encode()
+        head = (
+            f"HTTP/1.1 {status.value} {status.phrase}\r\nConnection: close\r\nCache-Control: no-store\r\n"
+            "X-Content-Type-Options: nosniff\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(content)}\r\n\r\n"
+        )
+        client.sendall(head.encode() + content)
+
+    def close_gently(self, client: Any) -> None:
+        """Let the client read what was sent: to close with its bytes unread would reset the connection."""
+        client.shutdown(socket.SHUT_WR)
+        with gevent.Timeout(DRAIN_SECONDS, False):
+            while client.recv(65536):
+                pass
