@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import importlib.util
 import os
+import pwd
 import shutil
 import signal
 import socket
@@ -19,6 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 START_SECONDS = 30  # crash recovery of a large folder on a slow disk
 
@@ -45,7 +47,9 @@ class Postgres:
         self.sockets = ""
         self.process: subprocess.Popen[bytes] | None = None
         # Postgres refuses to run as root; then it runs as the user who owns nothing.
-        self.user: dict[str, str] = {"user": "nobody"} if os.geteuid() == 0 else {}
+        self.user: dict[str, Any] = {}
+        if os.geteuid() == 0:
+            self.user = {"user": "nobody", "group": pwd.getpwnam("nobody").pw_gid, "extra_groups": []}
 
     @property
     def environment(self) -> dict[str, str]:
