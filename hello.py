@@ -170,8 +170,7 @@ class Line:
     def execute(self, statement: "Statement", rows: list[Any], deadline: float) -> list[Any]:
         """Run a statement, and once more if its connection was lost: each of ours can be repeated safely.
 
-        Raises:
-            psycopg2.Error, TimeoutError: it failed; `is_open` tells whether the connection did, too.
+        Raise psycopg2.Error or TimeoutError where it fails; `is_open` tells whether the connection did, too.
         """
         for may_repeat in (True, False):
             try:
@@ -185,7 +184,7 @@ class Line:
                     self.connection.close()  # a primary no more: libpq knows how to find the new one
                 if self.is_open or not may_repeat or monotonic() + CONNECT_TIMEOUT > deadline:
                     raise
-        raise AssertionError("the last try returns or raises")
+        raise AssertionError
 
 
 Statement = Callable[[Any, list[Any]], list[Any]]
@@ -218,7 +217,7 @@ class Request:
     ready: threading.Event = dataclasses.field(default_factory=threading.Event)
     line: Line | None = None  # whoever is given one runs the next statement
     result: Any = None
-    error: Exception | None = Unavailable("not run")
+    error: Exception | None = dataclasses.field(default_factory=Unavailable)  # until it was run
 
 
 class Batcher:
@@ -338,9 +337,9 @@ def days_until_birthday(born: date, on: date) -> int:
 
 
 class Response(NamedTuple):
-    """A status, its message (None for no content) and headers beyond those that every response has."""
+    """A status code, its message (None for no content) and headers beyond those that every response has."""
 
-    status: HTTPStatus
+    status: int
     message: str | None = None
     headers: tuple[tuple[str, str], ...] = ()
 
@@ -348,73 +347,58 @@ class Response(NamedTuple):
 class Refused(Exception):
     """The answer to a request that cannot be served as it is: what is wrong, what would be right."""
 
-    def __init__(self, status: HTTPStatus, message: str, *headers: tuple[str, str]) -> None:
+    def __init__(self, status: int, message: str, *headers: tuple[str, str]) -> None:
         self.response = Response(status, message, headers)
 
 
 def parse_username(text: str) -> str:
-    """Read a username from PATH_INFO: letters with their combining marks, in NFC (Unicode UAX #15).
-
-    Raises:
-        Refused: 400.
-    """
+    """Read a username from PATH_INFO: letters with their combining marks, in NFC (Unicode UAX #15); or 400."""
     try:
         name = unicodedata.normalize("NFC", text.encode("latin-1").decode())  # PEP 3333: bytes as latin-1
     except UnicodeError:
-        raise Refused(HTTPStatus.BAD_REQUEST, "The username must be percent-encoded UTF-8.") from None
+        raise Refused(400, "The username must be percent-encoded UTF-8.") from None
     kinds = ["L" if character.isalpha() else unicodedata.category(character) for character in name]
     if not {*kinds} <= {"L", "Mn", "Mc"} or kinds[:1] != ["L"]:
-        raise Refused(HTTPStatus.BAD_REQUEST, "The username must be one or more letters and nothing else.")
+        raise Refused(400, "The username must be one or more letters and nothing else.")
     if kinds.count("L") > MAX_USERNAME_LETTERS or len(name.encode()) > MAX_USERNAME_BYTES:
-        limits = f"{MAX_USERNAME_LETTERS} letters and {MAX_USERNAME_BYTES} bytes of UTF-8"
-        raise Refused(HTTPStatus.BAD_REQUEST, f"The username must be at most {limits} long.")
+        raise Refused(400, f"The username must be at most {MAX_USERNAME_LETTERS} letters and 2,500 bytes long.")
     return name
 
 
 def read_content(environ: WSGIEnvironment) -> bytes:
-    """Read a request's content of stated length, or (chunked) up to where the server ends the input.
-
-    Raises:
-        Refused: 400 where it is broken or cut short, 413 beyond MAX_CONTENT_BYTES.
-    """
-    length = environ.get("CONTENT_LENGTH") or ("" if environ.get("wsgi.input_terminated") else "0")
-    if not re.fullmatch("[0-9]{0,18}", length):
-        raise Refused(HTTPStatus.BAD_REQUEST, "Content-Length must be a number of bytes.")
-    expected = int(length) if length else MAX_CONTENT_BYTES + 1
-    content = b""
-    if not length or expected <= MAX_CONTENT_BYTES:
-        try:
-            content = environ["wsgi.input"].read(expected)
-        except Exception:  # each server has its own errors for a bad chunk or a client that went away
-            raise Refused(HTTPStatus.BAD_REQUEST, "The content must arrive whole and well-formed.") from None
-    if max(len(content), int(length or 0)) > MAX_CONTENT_BYTES:
-        raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"Send at most {MAX_CONTENT_BYTES} bytes.")
-    if len(content) < int(length or 0):
-        raise Refused(HTTPStatus.BAD_REQUEST, "The content must be as long as its Content-Length says.")
+    """Read the content, as long as stated or (chunked) to its end: 400 if cut short, 413 if over 4 KiB."""
+    stated = environ.get("CONTENT_LENGTH") or ("" if environ.get("wsgi.input_terminated") else "0")
+    if not re.fullmatch("[0-9]{0,18}", stated):
+        raise Refused(400, "Content-Length must be a number of bytes.")
+    length = int(stated or MAX_CONTENT_BYTES + 1)
+    try:
+        content = b"" if stated and length > MAX_CONTENT_BYTES else environ["wsgi.input"].read(length)
+    except Exception:  # noqa: BLE001 - each server has errors of its own for a bad chunk or a client that left
+        raise Refused(400, "The content must arrive whole and well-formed.") from None
+    if len(content) > MAX_CONTENT_BYTES or (stated and length > MAX_CONTENT_BYTES):
+        raise Refused(413, f"Send at most {MAX_CONTENT_BYTES} bytes.")
+    if stated and len(content) < length:
+        raise Refused(400, "The content must be as long as its Content-Length says.")
     return content
 
 
 def parse_date_of_birth(content: bytes) -> date:
-    """Read {"dateOfBirth": "YYYY-MM-DD"} from JSON (RFC 8259): a real date, before today.
-
-    Raises:
-        Refused: 400.
-    """
+    """Read {"dateOfBirth": "YYYY-MM-DD"} from JSON (RFC 8259): a real date, before today; or 400."""
     if not content:
-        raise Refused(HTTPStatus.BAD_REQUEST, f"The content is missing: send {EXAMPLE}.")
+        raise Refused(400, f"The content is missing: send {EXAMPLE}.")
     try:
         document = json.loads(content.decode(), parse_constant=int)  # which refuses NaN
     except (ValueError, RecursionError):
-        raise Refused(HTTPStatus.BAD_REQUEST, f"The content is not JSON in UTF-8: send {EXAMPLE}.") from None
+        raise Refused(400, f"The content is not JSON in UTF-8: send {EXAMPLE}.") from None
     text = document.get("dateOfBirth") if isinstance(document, dict) else None
     if not isinstance(text, str):
-        raise Refused(HTTPStatus.BAD_REQUEST, f"There is no dateOfBirth string: send {EXAMPLE}.")
+        raise Refused(400, f"There is no dateOfBirth string: send {EXAMPLE}.")
     try:
         born = date.fromisoformat(text if DATE.fullmatch(text) else "")
     except ValueError:
-        raise Refused(HTTPStatus.BAD_REQUEST, "dateOfBirth must be a real date, written YYYY-MM-DD.") from None
+        raise Refused(400, "dateOfBirth must be a real date, written YYYY-MM-DD.") from None
     if born >= today():
-        raise Refused(HTTPStatus.BAD_REQUEST, "dateOfBirth must be before today.")
+        raise Refused(400, "dateOfBirth must be before today.")
     return born
 
 
@@ -425,27 +409,27 @@ def get_hello(environ: WSGIEnvironment, username: str) -> Response:
     """Greet a user with the days until the birthday: 200, 404."""
     born = find_date_of_birth(username)
     if born is None:
-        raise Refused(HTTPStatus.NOT_FOUND, "No date of birth is saved for this username: PUT it first.")
+        raise Refused(404, "No date of birth is saved for this username: PUT it first.")
     days = days_until_birthday(born, today())
     wish = f"Your birthday is in {days} day(s)" if days else "Happy birthday!"
-    return Response(HTTPStatus.OK, f"Hello, {username}! {wish}")
+    return Response(200, f"Hello, {username}! {wish}")
 
 
 def put_hello(environ: WSGIEnvironment, username: str) -> Response:
     """Save or replace a user's date of birth: 204 once Postgres has committed it, 400, 413."""
     save_date_of_birth((username, parse_date_of_birth(read_content(environ))))
-    return Response(HTTPStatus.NO_CONTENT)
+    return Response(204)
 
 
 def get_livez(environ: WSGIEnvironment) -> Response:
     """Say that the process answers: 200."""
-    return Response(HTTPStatus.OK, "alive")
+    return Response(200, "alive")
 
 
 def get_readyz(environ: WSGIEnvironment) -> Response:
     """Ask the database what a greeting asks it, of a name that nobody has: 200, 503."""
     find_date_of_birth("")
-    return Response(HTTPStatus.OK, "ready")
+    return Response(200, "ready")
 
 
 # --- Routing ----------------------------------------------------------------------------------------
@@ -459,31 +443,27 @@ ROUTES: dict[str, dict[str, Callable[..., Response]]] = {
 
 
 def route(environ: WSGIEnvironment) -> Response:
-    """Call the handler for the path and the method; leave the path's template in `hello.route`.
-
-    Raises:
-        Refused: 404 for another path, 405 for another method (RFC 9110, section 15.5.6), or the handler's.
-    """
+    """Call the path's handler for the method, or 404, 405; leave the path's template in `hello.route`."""
     path, method = environ.get("PATH_INFO", ""), environ["REQUEST_METHOD"]
     template = HELLO if path.startswith("/hello/") else path
     if template not in ROUTES:
-        raise Refused(HTTPStatus.NOT_FOUND, f"There is nothing here: try {', '.join(ROUTES)}.")
+        raise Refused(404, f"There is nothing here: try {', '.join(ROUTES)}.")
     environ["hello.route"] = template
     arguments = [parse_username(path.removeprefix("/hello/"))] if template is HELLO else []
     handlers = ROUTES[template]
     allow = ("Allow", ", ".join(sorted({*handlers, "HEAD", "OPTIONS"})))
     if method == "OPTIONS":
-        return Response(HTTPStatus.NO_CONTENT, headers=(allow,))
+        return Response(204, headers=(allow,))
     handler = handlers.get("GET" if method == "HEAD" else method)
     if handler is None:
-        raise Refused(HTTPStatus.METHOD_NOT_ALLOWED, f"The method must be one of {allow[1]}.", allow)
+        raise Refused(405, f"The method must be one of {allow[1]}.", allow)
     return handler(environ, *arguments)
 
 
 # --- Application ------------------------------------------------------------------------------------
 
 UNAVAILABLE = Response(
-    HTTPStatus.SERVICE_UNAVAILABLE,
+    503,
     "The database does not answer at the moment: try again in a second.",
     (("Retry-After", "1"),),
 )
@@ -497,7 +477,7 @@ def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iter
         response = refused.response
     except Unavailable:
         response = UNAVAILABLE
-    except Exception as error:  # a defect of ours; its text may hold personal data, its place does not
+    except Exception as error:  # noqa: BLE001 - a defect of ours; its text may hold personal data, its place not
         place = traceback.extract_tb(error.__traceback__)[-1]
         LOG.error("%s in %s, line %s", type(error).__name__, place.filename, place.lineno)
         response = UNAVAILABLE
@@ -506,7 +486,7 @@ def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iter
     if response.message is not None:
         content = json.dumps({"message": response.message}, ensure_ascii=False).encode()
         headers += [("Content-Type", "application/json"), ("Content-Length", str(len(content)))]
-    start_response(f"{response.status.value} {response.status.phrase}", headers)
+    start_response(f"{response.status} {HTTPStatus(response.status).phrase}", headers)
     return [] if environ["REQUEST_METHOD"] == "HEAD" else [content]
 
 
