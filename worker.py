@@ -8,6 +8,7 @@ connections closed when the worker stops, and a closing that does not destroy th
 
 import io
 import os
+import signal
 import socket
 from http import HTTPStatus
 from typing import Any
@@ -47,8 +48,14 @@ class Worker(GeventWorker):
     """Serve keep-alive connections, one greenlet each."""
 
     def init_process(self) -> None:
+        """Start the worker; a SIGTERM that comes before it has its handlers waits until it has."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         self.idle: set[Any] = set()
         super().init_process()
+
+    def init_signals(self) -> None:
+        super().init_signals()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Stop gracefully: answers say `Connection: close`, then connections with nothing to say are closed."""
