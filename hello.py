@@ -5,6 +5,7 @@ Routes
     GET     /hello/<username>   200 {"message": "Hello, <username>! Your birthday is in N day(s)"}
     GET     /livez              200 while the process answers; never asks the database
     GET     /readyz             200 while the database answers, else 503
+    GET     /openapi.yaml       200, the description of all this (OpenAPI 3.1)
     HEAD and OPTIONS work on each. Every error is {"message": "<what is wrong and what would be right>"}.
 
 Settings (environment variables)
@@ -50,6 +51,8 @@ import psycopg2
 from psycopg2 import errors, extensions
 from psycopg2.extras import execute_values
 
+__version__ = "1.0.0"
+
 # --- Settings ---------------------------------------------------------------------------------------
 
 
@@ -86,6 +89,7 @@ MAX_CONTENT_BYTES = 4096
 MAX_USERNAME_LETTERS = 255
 MAX_USERNAME_BYTES = 2500  # Postgres' index takes 2,704, a request line of 8,190 bytes 2,720
 
+OPENAPI = Path(__file__).with_name("openapi.yaml").read_bytes()
 LOG = logging.getLogger("hello")
 
 # --- SQL --------------------------------------------------------------------------------------------
@@ -337,18 +341,25 @@ def days_until_birthday(born: date, on: date) -> int:
 
 
 class Response(NamedTuple):
-    """A status code, its message (None for no content) and headers beyond those that every response has."""
+    """A status code, content and its media type (None for no content), and headers of this response only."""
 
     status: int
-    message: str | None = None
+    content: bytes | None = None
+    content_type: str = "application/json"
     headers: tuple[tuple[str, str], ...] = ()
+
+
+def say(status: int, message: str, *headers: tuple[str, str]) -> Response:
+    """Return a response with {"message": ...} in readable UTF-8."""
+    content = json.dumps({"message": message}, ensure_ascii=False).encode()
+    return Response(status, content, headers=headers)
 
 
 class Refused(Exception):
     """The answer to a request that cannot be served as it is: what is wrong, what would be right."""
 
     def __init__(self, status: int, message: str, *headers: tuple[str, str]) -> None:
-        self.response = Response(status, message, headers)
+        self.response = say(status, message, *headers)
 
 
 def parse_username(text: str) -> str:
@@ -412,7 +423,7 @@ def get_hello(environ: WSGIEnvironment, username: str) -> Response:
         raise Refused(404, "No date of birth is saved for this username: PUT it first.")
     days = days_until_birthday(born, today())
     wish = f"Your birthday is in {days} day(s)" if days else "Happy birthday!"
-    return Response(200, f"Hello, {username}! {wish}")
+    return say(200, f"Hello, {username}! {wish}")
 
 
 def put_hello(environ: WSGIEnvironment, username: str) -> Response:
@@ -423,13 +434,18 @@ def put_hello(environ: WSGIEnvironment, username: str) -> Response:
 
 def get_livez(environ: WSGIEnvironment) -> Response:
     """Say that the process answers: 200."""
-    return Response(200, "alive")
+    return say(200, "alive")
 
 
 def get_readyz(environ: WSGIEnvironment) -> Response:
     """Ask the database what a greeting asks it, of a name that nobody has: 200, 503."""
     find_date_of_birth("")
-    return Response(200, "ready")
+    return say(200, "ready")
+
+
+def get_openapi(environ: WSGIEnvironment) -> Response:
+    """Describe the service in OpenAPI 3.1 (media type: RFC 9512): 200."""
+    return Response(200, OPENAPI, "application/yaml")
 
 
 # --- Routing ----------------------------------------------------------------------------------------
@@ -439,6 +455,7 @@ ROUTES: dict[str, dict[str, Callable[..., Response]]] = {
     HELLO: {"GET": get_hello, "PUT": put_hello},
     "/livez": {"GET": get_livez},
     "/readyz": {"GET": get_readyz},
+    "/openapi.yaml": {"GET": get_openapi},
 }
 
 
@@ -462,11 +479,7 @@ def route(environ: WSGIEnvironment) -> Response:
 
 # --- Application ------------------------------------------------------------------------------------
 
-UNAVAILABLE = Response(
-    503,
-    "The database does not answer at the moment: try again in a second.",
-    (("Retry-After", "1"),),
-)
+UNAVAILABLE = say(503, "The database does not answer at the moment: try again in a second.", ("Retry-After", "1"))
 
 
 def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -482,12 +495,10 @@ def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iter
         LOG.error("%s in %s, line %s", type(error).__name__, place.filename, place.lineno)
         response = UNAVAILABLE
     headers = [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), *response.headers]
-    content = b""
-    if response.message is not None:
-        content = json.dumps({"message": response.message}, ensure_ascii=False).encode()
-        headers += [("Content-Type", "application/json"), ("Content-Length", str(len(content)))]
+    if response.content is not None:
+        headers += [("Content-Type", response.content_type), ("Content-Length", str(len(response.content)))]
     start_response(f"{response.status} {HTTPStatus(response.status).phrase}", headers)
-    return [] if environ["REQUEST_METHOD"] == "HEAD" else [content]
+    return [] if response.content is None or environ["REQUEST_METHOD"] == "HEAD" else [response.content]
 
 
 def main(arguments: list[str]) -> None:
