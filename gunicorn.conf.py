@@ -5,15 +5,23 @@ Settings (environment variables)
     WEB_CONCURRENCY     worker processes (default 2): one for each core it may use
     WORKER_CONNECTIONS  clients a worker holds at once (default 1000); the next wait to be accepted
     GRACEFUL_TIMEOUT    seconds a stopping worker may take for what it has begun (default 8)
-Those of a connection's phases are in worker.py, those of the database in hello.py.
+Those of a connection's phases are in worker.py, those of the database in hello.py, those of metrics and logs in
+telemetry.py.
 """
 
 import os
 import resource
+import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
 
 # On every address: in a container or a pod, others must reach it.
 bind = [f"0.0.0.0:{os.environ.get('PORT') or 8080}"]
+# A port of its own, so that metrics can be kept from those who may use the service.
+metrics_port = os.environ.get("METRICS_PORT") or "8081"
+if metrics_port != "0":
+    bind.append(f"{os.environ.get('METRICS_HOST') or '127.0.0.1'}:{metrics_port}")
 
 # With gunicorn's threads or its plain gevent worker, a hundred slow clients shut the others out, or hold their
 # place without a bound. Every wait of this one ends.
@@ -48,3 +56,54 @@ if soft != resource.RLIM_INFINITY and soft < wanted:
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 chdir = str(Path(__file__).parent)
+
+# --- Logs and metrics (telemetry.py) ----------------------------------------------------------------
+
+loglevel = os.environ.get("LOG_LEVEL") or "info"
+logconfig_dict = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"line": {"()": "telemetry.Formatter"}},
+    "handlers": {"stdout": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout", "formatter": "line"}},
+    "root": {"level": loglevel.upper(), "handlers": ["stdout"]},
+    "loggers": {"gunicorn.error": {"propagate": True}, "gunicorn.access": {"propagate": False}},
+}
+
+# Where the workers keep their counts, for whichever of them is asked to add them up.
+counts = Path(worker_tmp_dir or tempfile.gettempdir()) / f"hello-metrics-{os.getpid()}"
+os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(counts)
+
+
+def when_ready(server: Any) -> None:
+    """Make the folder of the counts, and empty it of those of an earlier master with the same process id."""
+    shutil.rmtree(counts, ignore_errors=True)
+    counts.mkdir(mode=0o700)
+
+
+def on_exit(server: Any) -> None:
+    """Remove the folder of the counts."""
+    shutil.rmtree(counts, ignore_errors=True)
+
+
+def pre_fork(server: Any, worker: Any) -> None:
+    """Give a worker the lowest number that no living one has."""
+    taken = {other.number for other in server.WORKERS.values()}
+    worker.number = next(number for number in range(1, len(taken) + 2) if number not in taken)
+
+
+def post_worker_init(worker: Any) -> None:
+    """Put telemetry around the application, and its log line in the place of gevent's traceback."""
+    import gevent  # here, and not above: the master must not
+    import hello
+    import telemetry
+
+    gevent.get_hub().print_exception = telemetry.log_defect
+    if telemetry.IS_ON:
+        worker.wsgi = telemetry.Telemetry(worker.wsgi, hello, worker.number)
+
+
+def child_exit(server: Any, worker: Any) -> None:
+    """Forget how busy a worker was that is dead, however it died; what it counted stays."""
+    from prometheus_client.multiprocess import mark_process_dead
+
+    mark_process_dead(worker.number)

@@ -1,0 +1,285 @@
+"""Metrics, log lines and request ids of hello: a wrapper around its application, put there by gunicorn.conf.py.
+
+Settings (environment variables)
+    METRICS_PORT  port where the same workers serve GET /metrics and nothing else (default 8081; 0: nowhere)
+    METRICS_HOST  address of that port (default 127.0.0.1: only this machine may look)
+    LOG_FORMAT    json, one object a line, or text (default text where standard output is a terminal, else json)
+    LOG_LEVEL     debug, info, warning, error or critical (default info); below info, no line for each request
+    TELEMETRY     off: no metrics, no request lines, no request ids, to measure what they cost (default on)
+
+Whatever is written here is about a route, never about a user: no path, query string, username, date of birth, and
+of an exception its class and its place, because its text may quote any of these.
+
+gunicorn's master imports this module before its workers make the standard library cooperative: so nothing of that
+library which waits is imported by name, and neither is hello.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from random import getrandbits
+from time import gmtime, perf_counter, process_time, strftime
+from types import ModuleType
+from typing import Any
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess, values
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+METRICS_PORT = os.environ.get("METRICS_PORT") or "8081"
+LOG_FORMAT = os.environ.get("LOG_FORMAT") or ("text" if sys.stdout.isatty() else "json")
+LOG_LEVEL = os.environ.get("LOG_LEVEL") or "info"
+IS_ON = os.environ.get("TELEMETRY") != "off"
+
+METHODS = {"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"}  # any other is "other"
+UNMATCHED = "unmatched"  # the route of a path that has none
+PROBES = {"/livez", "/readyz"}  # asked every few seconds for ever: counted, not logged
+# A request takes about 1 ms alone and 10 ms under load; 0.25 s is what the alert on latency counts from, and
+# with a database that fails, QUEUE_TIMEOUT + DATABASE_TIMEOUT = 4.5 s is the most.
+SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+ROWS = (1, 2, 5, 10, 20, 50, 100, 200)  # BATCH_SIZE is 100
+SAMPLE_SECONDS = 1  # far below any scrape interval
+
+LOG = logging.getLogger("hello")
+
+# --- Log lines --------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Writes a time as RFC 3339 in UTC with milliseconds; keeps the second's text, which is the costly part."""
+
+    second, text = -1, ""
+
+    def __call__(self, seconds: float) -> str:
+        if (second := int(seconds)) != self.second:
+            self.text, self.second = strftime("%Y-%m-%dT%H:%M:%S", gmtime(second)), second
+        return f"{self.text}.{int((seconds - second) * 1000):03d}Z"
+
+
+utc = Clock()
+
+
+def place(error: BaseException) -> str:
+    """Say what an exception is and where it was raised, and nothing of what it says."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
+    return type(error).__name__ + where
+
+
+class Formatter(logging.Formatter):
+    """Gives the lines of gunicorn and of hello the same shape as the requests' own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment, level, message = utc(record.created), record.levelname.lower(), record.getMessage()
+        error = record.exc_info[1] if record.exc_info else None
+        if LOG_FORMAT == "text":
+            return f"{moment} {level:8} {message}{': ' + place(error) if error else ''}"
+        entry = {"time": moment, "level": level, "message": message}
+        return json.dumps(entry | {"exception": place(error)} if error else entry)
+
+
+def log_defect(context: object, kind: type, error: BaseException, trace: object) -> None:
+    """Log an exception that nothing caught; gevent would print all it says."""
+    LOG.error("uncaught exception", exc_info=(kind, error.with_traceback(trace), trace))
+
+
+def write(line: str) -> None:
+    """Write a line to standard output, at once and whole; lose it where nobody reads there any more.
+
+    One write of less than PIPE_BUF bytes (4,096 on Linux) never mixes with that of another worker.
+    """
+    with contextlib.suppress(OSError):
+        os.write(1, line.encode())
+
+
+def request_line(method: str, route: str, status: str) -> Callable[[float, int, str, str], None]:
+    """Return what logs a request: by its seconds, its response's bytes, its id and its trace id or "".
+
+    Every part comes from a closed set or has an alphabet without quotes: nothing needs to be escaped.
+    """
+
+    def write_text(seconds: float, size: int, request_id: str, trace_id: str) -> None:
+        write(
+            f"{utc(time.time())} info     {method} {route} {status} {seconds * 1000:.1f} ms {size} bytes"
+            f" {request_id}{' trace ' + trace_id if trace_id else ''}\n"
+        )
+
+    labels = f'"method": "{method}", "route": "{route}", "status": {status}'
+
+    def write_json(seconds: float, size: int, request_id: str, trace_id: str) -> None:
+        trace = f', "trace_id": "{trace_id}"' if trace_id else ""
+        write(
+            f'{{"time": "{utc(time.time())}", "level": "info", "message": "request", {labels}, '
+            f'"duration_seconds": {seconds:.6f}, "bytes": {size}, "request_id": "{request_id}"{trace}}}\n'
+        )
+
+    if route in PROBES or LOG_LEVEL not in {"debug", "info"}:
+        return lambda seconds, size, request_id, trace_id: None
+    return write_text if LOG_FORMAT == "text" else write_json
+
+
+# --- Identity of a request --------------------------------------------------------------------------
+
+REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,128}")
+# W3C Trace Context, section 3.2: version ff and ids of zeros are invalid, and only later versions may say more.
+TRACEPARENT = re.compile(
+    "(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})(?P<trace_id>[0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
+)
+
+
+def request_id_of(environ: WSGIEnvironment) -> str:
+    """Return the client's X-Request-Id where it is sane, else a new one."""
+    sent = environ.get("HTTP_X_REQUEST_ID", "")
+    return sent if REQUEST_ID.fullmatch(sent) else f"{getrandbits(128):032x}"
+
+
+def trace_id_of(environ: WSGIEnvironment) -> str:
+    """Return the trace id of a valid traceparent header, else nothing."""
+    match = TRACEPARENT.fullmatch(environ.get("HTTP_TRACEPARENT", ""))
+    return match["trace_id"] if match else ""
+
+
+# --- Metrics ----------------------------------------------------------------------------------------
+
+
+class Telemetry:
+    """The metrics of one worker, and the application with them around it.
+
+    Args:
+        application: hello's.
+        service: the module hello, whose `observe` and whose two batchers tell of the database.
+        number: the worker's, from 1 up; a worker takes over the number, and so the counts, of one that died.
+    """
+
+    def __init__(self, application: WSGIApplication, service: ModuleType, number: int) -> None:
+        # The library would keep a file for each process id: more of them with each death, for ever.
+        values.ValueClass = values.MultiProcessValue(lambda: number)
+        self.application = application
+        self.running = 0
+        self.series: dict[tuple[str, str, str], tuple[Callable[..., None], ...]] = {}
+        self.logged: dict[str, float] = {}  # when a database error of a class was last logged
+
+        def metric(kind: Callable[..., Any], name: str, text: str, *labels: str, **options: Any) -> Any:
+            if kind is Gauge:  # summed over the workers that live
+                options = {"multiprocess_mode": "livesum"} | options
+            return kind(name, text, labels, registry=None, **options)
+
+        labels = ("method", "route", "status")
+        self.requests = metric(Counter, "http_requests_total", "Requests answered.", *labels)
+        text = "Time from a request's whole arrival to its response."
+        self.durations = metric(Histogram, "http_request_duration_seconds", text, *labels, buckets=SECONDS)
+        self.in_progress = metric(Gauge, "http_requests_in_progress", "Requests not yet answered.")
+        text = "Time of a statement, with connecting and a second try."
+        queries = metric(Histogram, "database_query_duration_seconds", text, "operation", buckets=SECONDS)
+        batches = metric(Histogram, "database_batch_size", "Requests a statement served.", "operation", buckets=ROWS)
+        self.errors = metric(Counter, "database_errors_total", "Statements that failed.", "class")
+        size = metric(Gauge, "database_pool_size", "Connections there may be.", "operation")
+        in_use = metric(Gauge, "database_pool_in_use", "Connections that run a statement.", "operation")
+        waiting = metric(Gauge, "database_pool_waiting", "Requests that wait for a connection.", "operation")
+        metric(Counter, "hello_worker_starts_total", "Workers started.").inc()
+        metric(Gauge, "hello_workers", "Workers that live.").set(1)
+        self.cpu = metric(Counter, "process_cpu_seconds_total", "User and system CPU time of the workers.")
+        text = "Always 1; the labels tell what runs."
+        build = metric(Gauge, "hello_build_info", text, "version", "python", multiprocess_mode="livemax")
+        build.labels(service.__version__, platform.python_version()).set(1)
+
+        self.pools = []
+        self.statements = {}
+        for pool in (service.find_date_of_birth, service.save_date_of_birth):
+            operation = pool.statement.__name__
+            self.statements[operation] = queries.labels(operation).observe, batches.labels(operation).observe
+            size.labels(operation).set(len(pool.idle))
+            gauges = in_use.labels(operation).set, waiting.labels(operation).set
+            self.pools.append((pool, len(pool.idle), *gauges))
+        # Counters are there from the start: rate() cannot see the step from nothing to the first error.
+        hello = [("GET", status) for status in ("200", "400", "404", "503")]
+        hello += [("PUT", status) for status in ("204", "400", "503")]
+        for method, status in hello:
+            self.add_series(method, service.HELLO, status)
+        for status in ("200", "503"):
+            self.add_series("GET", "/readyz", status)
+        for name in ("OperationalError", "TimeoutError"):
+            self.errors.labels(name)
+        service.observe = self.observe
+        threading.Thread(target=self.sample, daemon=True).start()
+
+    def add_series(self, method: str, route: str, status: str) -> tuple[Callable[..., None], ...]:
+        """Return what counts, times and logs a request; kept, for the library's own way to it is slow."""
+        key = method, route, status
+        kept = self.requests.labels(*key).inc, self.durations.labels(*key).observe, request_line(*key)
+        return self.series.setdefault(key, kept)
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """Answer a request (PEP 3333): as the application does, with X-Request-Id, counted and logged."""
+        if environ["SERVER_PORT"] == METRICS_PORT:
+            return serve_metrics(environ, start_response)
+        start = perf_counter()
+        request_id = request_id_of(environ)
+        status = ""
+
+        def start_with_id(line: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+            nonlocal status
+            status = line[:3]
+            return start_response(line, [*headers, ("X-Request-Id", request_id)], exc_info)
+
+        self.running += 1
+        try:
+            content = self.application(environ, start_with_id)
+        finally:
+            self.running -= 1
+        method, route = environ["REQUEST_METHOD"], environ.get("hello.route", UNMATCHED)
+        key = method if method in METHODS else "other", route, status
+        count, observe, log = self.series.get(key) or self.add_series(*key)
+        seconds = perf_counter() - start
+        count()
+        observe(seconds)
+        log(seconds, sum(map(len, content)), request_id, trace_id_of(environ))
+        return content
+
+    def observe(self, statement: str, rows: int, seconds: float, error: BaseException | None) -> None:
+        """Count a statement; log its failure, at most once a second for each class."""
+        observe_seconds, observe_rows = self.statements[statement]
+        observe_seconds(seconds)
+        observe_rows(rows)
+        if error is not None:
+            name, now = type(error).__name__, perf_counter()
+            self.errors.labels(name).inc()
+            if now - self.logged.get(name, -1) >= 1:
+                self.logged[name] = now
+                LOG.warning("database: %s failed, %s, SQLSTATE %s", statement, name, getattr(error, "pgcode", None))
+
+    def sample(self) -> None:
+        """Write down now and then what changes with every request, which is cheaper than each time."""
+        spent = 0.0
+        while True:
+            self.in_progress.set(self.running)
+            for pool, size, set_in_use, set_waiting in self.pools:
+                set_in_use(size - len(pool.idle))
+                set_waiting(len(pool.waiting))
+            before, spent = spent, process_time()
+            self.cpu.inc(spent - before)
+            time.sleep(SAMPLE_SECONDS)
+
+
+def serve_metrics(environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
+    """Answer on the metrics' port: GET /metrics with the sums over all workers, in Prometheus' text format."""
+    headers = [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")]
+    if environ["PATH_INFO"] != "/metrics":
+        status, kind, content = "404 Not Found", "application/json", b'{"message": "There is only /metrics here."}'
+    elif environ["REQUEST_METHOD"] not in {"GET", "HEAD"}:
+        status, kind, content = "405 Method Not Allowed", "application/json", b'{"message": "Use GET or HEAD."}'
+        headers.append(("Allow", "GET, HEAD"))
+    else:
+        registry = CollectorRegistry()
+        multiprocess.MultiProcessCollector(registry)
+        status, kind, content = "200 OK", CONTENT_TYPE_PLAIN_0_0_4, generate_latest(registry)
+    start_response(status, [*headers, ("Content-Type", kind), ("Content-Length", str(len(content)))])
+    return [] if environ["REQUEST_METHOD"] == "HEAD" else [content]
