@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import quote
 from zoneinfo import ZoneInfo
 
+import psutil
 import psycopg2
 import pytest
 from hypothesis import given, settings
@@ -851,23 +852,6 @@ def test_server_closes_after_a_body_it_did_not_read_whole(client: HTTPConnection
 # --- make run ---------------------------------------------------------------------------------------
 
 
-def descendants(pid: int) -> set[int]:
-    """The processes that a process started, and those that they started."""
-    lines = subprocess.run(["ps", "-eo", "pid=,ppid="], check=True, capture_output=True, text=True).stdout
-    parents = {int(line.split()[0]): int(line.split()[1]) for line in lines.splitlines()}
-    found, size = {pid}, 0
-    while len(found) > size:
-        size = len(found)
-        found |= {child for child, parent in parents.items() if parent in found}
-    return found - {pid}
-
-
-def is_running(pid: int) -> bool:
-    """Tell whether a process lives; one that ended and was not waited for by its new parent does not."""
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], check=False, capture_output=True, text=True).stdout
-    return bool(state.strip()) and not state.startswith("Z")
-
-
 def make_run(data: Path, **environment: str) -> subprocess.Popen[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PG")} | environment
     command = ["make", "run", f"DATA={data}", f"VENV={Path(sys.executable).parents[1]}"]
@@ -894,12 +878,11 @@ def test_make_run_serves_keeps_its_data_and_leaves_no_process(tmp_path: Path) ->
         if dates:
             assert ask(client, "PUT", "/hello/Zoe", json.dumps(BODY))[0].status == 204
         assert ask(client, "GET", "/hello/Zoe")[0].status == 200
-        started = descendants(process.pid)
+        started = psutil.Process(process.pid).children(recursive=True)
         assert len(started) > 3
         os.killpg(process.pid, signal.SIGINT)
         process.communicate(timeout=20)
-        assert not descendants(process.pid)
-        assert not [pid for pid in started if is_running(pid)]
+        assert [child for child in started if child.is_running() and child.status() != psutil.STATUS_ZOMBIE] == []
 
 
 def test_make_run_on_a_taken_port_says_so_in_one_line(tmp_path: Path) -> None:
