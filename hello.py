@@ -205,6 +205,7 @@ def save(cursor: Any, rows: list[tuple[str, date]]) -> list[None]:
     """Save dates of birth: of each username the last, and in one order, so that no two batches deadlock."""
     bound = cursor.mogrify(BOUND_STATEMENT, (round(STATEMENT_TIMEOUT * 1000),)).decode()
     unique = sorted(dict(rows).items())
+    cursor.connection.notices.clear()  # of the login, for example
     execute_values(cursor, bound + SAVE_DATES_OF_BIRTH, unique, page_size=len(unique))
     if cursor.connection.notices:
         # To cancel the wait for a synchronous standby is a mere warning: the row may be on one server only.

@@ -753,6 +753,21 @@ def test_read_only_database_refuses_put_and_serves_get(app: TestApp, table: Tabl
     assert sorted(table.rows()) == ["Adam", "Zoe"]
 
 
+def test_warning_at_the_login_is_none_of_the_statement(app: TestApp, table: Table) -> None:
+    table.execute(
+        "CREATE FUNCTION warn() RETURNS event_trigger LANGUAGE plpgsql AS $$BEGIN RAISE WARNING 'collation'; END$$"
+    )
+    table.execute("CREATE EVENT TRIGGER warn ON login EXECUTE FUNCTION warn()")
+    table.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'hello'")
+    try:
+        app.put_json("/hello/Zoe", BODY, status=204)
+        app.put_json("/hello/Adam", BODY, status=204)
+    finally:
+        table.execute("DROP EVENT TRIGGER warn")
+        table.execute("DROP FUNCTION warn")
+    assert sorted(table.rows()) == ["Adam", "Zoe"]
+
+
 def test_statements_leave_nothing_behind_in_the_session(app: TestApp, table: Table) -> None:
     app.put_json("/hello/Zoe", BODY, status=204)
     app.get("/hello/Zoe", status=200)
