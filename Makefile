@@ -39,6 +39,33 @@ lock: $(VENV)/dev ## Pin the newest dependencies, with hashes, in requirements*.
 	@for name in requirements requirements-run requirements-dev; do $(VENV)/bin/uv pip compile --quiet --upgrade \
 		--universal --python-version 3.11 --generate-hashes --no-header $$name.in -o $$name.txt >/dev/null; done
 
+# The kubectl that the k8s targets use: `make k8s-apply KUBECTL='kubectl --namespace hello'`
+KUBECTL ?= kubectl
+
+.PHONY: k8s-apply
+k8s-apply: ## Apply k8s/ to the current cluster and namespace, and wait until it is ready
+	@$(KUBECTL) apply -f k8s/
+	@$(KUBECTL) rollout status statefulset/hello-database --timeout=10m
+	@$(KUBECTL) rollout status deployment/hello-api --timeout=10m
+
+.PHONY: k8s-secret
+k8s-secret: ## Make a random database password that wins over the development one, or change it
+	@KUBECTL='$(KUBECTL)' k8s/secret.sh
+
+.PHONY: k8s-status
+k8s-status: ## Show what k8s/ made, and how busy it is
+	@$(KUBECTL) get deployments,statefulsets,pods,services,ingresses,horizontalpodautoscalers,poddisruptionbudgets,persistentvolumeclaims \
+		-l app.kubernetes.io/part-of=hello -o wide
+	@$(KUBECTL) top pods -l app.kubernetes.io/part-of=hello || echo 'kubectl top and the autoscaler need metrics-server.'
+
+.PHONY: k8s-delete
+k8s-delete: ## Delete what k8s/ made; the database's volume and the random password stay
+	@$(KUBECTL) delete -f k8s/ --ignore-not-found
+
+.PHONY: k8s-monitoring
+k8s-monitoring: ## Make the objects of k8s/monitoring/ from the rules and the dashboard of monitoring/
+	@$(if $(PYTHON),$(PYTHON),python3) k8s/monitoring/generate.py
+
 $(VENV)/bin/python:
 	@$(if $(PYTHON),,echo 'hello needs Python 3.11 or newer on the PATH: install it, or name one with PYTHON=/path/to/python3' >&2; exit 1)
 	@$(PYTHON) -m venv $(VENV) >/dev/null || { rm -rf $(VENV); \
