@@ -74,4 +74,4 @@ $(VENV)/bin/python:
 $(VENV)/run $(VENV)/dev: $(VENV)/%: requirements-%.txt requirements.txt | $(VENV)/bin/python
 	@echo 'Installing what $< pins ...'
 	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
-	@touch $@
+	@touch $@ $(VENV)/run # which `dev` includes
