@@ -10,7 +10,7 @@ DATA ?= .postgres
 ARGS ?=
 
 .DEFAULT_GOAL := help
-export PORT METRICS_PORT PYTHONDONTWRITEBYTECODE = 1
+export PYTHONDONTWRITEBYTECODE = 1
 
 .PHONY: help
 help: ## List the targets
