@@ -607,6 +607,14 @@ def put(app: TestApp, username: str, born: str = "1990-05-17") -> Callable[[], i
     return lambda: app.put_json(path_of(username), {"dateOfBirth": born}, expect_errors=True).status_int
 
 
+def wait_until_waiting(batcher: hello.Batcher, count: int) -> None:
+    """Wait until so many requests wait for a connection, and none is idle."""
+    deadline = time.monotonic() + 1
+    while len(batcher.waiting) < count or batcher.idle:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def after(seconds: float, call: Callable[[], Any]) -> Callable[[], Any]:
     return lambda: (time.sleep(seconds), call())[1]
 
@@ -620,11 +628,11 @@ def test_requests_that_wait_share_one_statement(
     with locked(database, "LOCK TABLE users IN SHARE MODE"):
         blocked = threading.Thread(target=put(app, "First"))
         blocked.start()
-        time.sleep(0.2)
+        wait_until_waiting(hello.save_date_of_birth, 0)
         threads = [threading.Thread(target=put(app, name)) for name in NAMES]
         for thread in threads:
             thread.start()
-        time.sleep(0.3)
+        wait_until_waiting(hello.save_date_of_birth, len(NAMES))
     for thread in [blocked, *threads]:
         thread.join()
     assert statements == [("save", 1, "NoneType"), ("save", len(NAMES), "NoneType")]
@@ -646,8 +654,7 @@ def test_gets_that_wait_share_one_statement_and_each_has_its_own_answer(
         ]
         for thread in threads:
             thread.start()
-            time.sleep(0.01)
-        time.sleep(0.1)
+        wait_until_waiting(hello.find_date_of_birth, len(NAMES))
     for thread in threads:
         thread.join()
     assert found == table.rows() | {"Nobody": None}
@@ -662,7 +669,7 @@ def test_batch_holds_batch_size_at_most(
         threads = [threading.Thread(target=put(app, name)) for name in NAMES]
         for thread in threads:
             thread.start()
-        time.sleep(0.3)
+        wait_until_waiting(hello.save_date_of_birth, len(NAMES) - 1)
     for thread in threads:
         thread.join()
     assert [rows for _, rows, _ in statements] == [1, 10, 10, 10, 1]
@@ -676,7 +683,7 @@ def test_puts_of_one_user_in_one_batch_store_the_last(
         calls = [put(app, "First"), *[after(0.1 * n, put(app, "Zoe", f"1990-01-0{n}")) for n in range(1, 6)]]
         release = threading.Thread(target=together, args=calls)
         release.start()
-        time.sleep(0.8)
+        wait_until_waiting(hello.save_date_of_birth, 5)
     release.join()
     assert [rows for _, rows, _ in statements] == [1, 5]
     assert table.rows()["Zoe"] == date(1990, 1, 5)
@@ -868,7 +875,7 @@ def test_server_closes_after_a_body_it_did_not_read_whole(client: HTTPConnection
 
 
 def make_run(data: Path, **environment: str) -> subprocess.Popen[str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("PG")} | environment
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "MAKE"))} | environment
     command = ["make", "run", f"DATA={data}", f"VENV={Path(sys.executable).parents[1]}"]
     return subprocess.Popen(
         command,
