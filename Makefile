@@ -39,6 +39,49 @@ lock: $(VENV)/dev ## Pin the newest dependencies, with hashes, in requirements*.
 	@for name in requirements requirements-run requirements-dev; do $(VENV)/bin/uv pip compile --quiet --upgrade \
 		--universal --python-version 3.11 --generate-hashes --no-header $$name.in -o $$name.txt >/dev/null; done
 
+# The image's version, which is its tag
+VERSION ?= 1.0.0
+COMPOSE = VERSION=$(VERSION) docker compose
+
+.PHONY: engine
+engine:
+	@docker info >/dev/null 2>&1 && docker compose version >/dev/null 2>&1 || { \
+		echo 'This needs a running Docker engine with Compose 2.24 or newer.' >&2; exit 1; }
+
+.PHONY: build
+build: engine ## Make the image hello:1.0.0
+	@DOCKER_BUILDKIT=1 docker build --tag hello:$(VERSION) --build-arg VERSION=$(VERSION) \
+		--build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) .
+
+.PHONY: compose-up
+compose-up: build ## Serve on PORT (8080) from containers, with a Postgres whose data is kept
+	@$(COMPOSE) up --detach --wait --quiet-pull
+	@url=http://127.0.0.1:$$($(COMPOSE) port api 8080 | sed 's/.*://')/hello/Zoe; \
+	printf '\nhello serves on port %s. Try it:\n\n' $$(echo $$url | sed 's/.*:\([0-9]*\).*/\1/'); \
+	echo "  curl -i -X PUT $$url -d '{\"dateOfBirth\": \"1990-05-17\"}'"; \
+	printf '  curl %s\n\n' $$url; \
+	echo 'See it work: docker compose logs --follow api. Stop it: make compose-down.'
+	@if $(COMPOSE) config | grep -q 'POSTGRES_PASSWORD: for-development-only$$'; then \
+		echo 'WARNING: the database has the development password, which everybody can read in .env.example.' >&2; \
+		echo 'Write PGPASSWORD=... into .env before you keep anything here that matters.' >&2; fi
+
+.PHONY: compose-down
+compose-down: engine ## Stop and remove the containers; the data stays
+	@$(COMPOSE) down --remove-orphans
+
+.PHONY: compose-restart
+compose-restart: compose-down compose-up ## The two after each other: with your changes of code and settings
+
+.PHONY: clean
+clean: ## Remove what make made, but no data; with WITH_DATA=yes that of `make run` and Compose, too
+	@if [ '$(WITH_DATA)' = yes ] && [ -e $(DATA)/data/postmaster.pid ]; then \
+		echo '`make run` uses $(DATA): stop it first.' >&2; exit 1; fi
+	@if docker info >/dev/null 2>&1; then $(COMPOSE) down --remove-orphans $(if $(filter yes,$(WITH_DATA)),--volumes); \
+		docker image rm --force hello:$(VERSION) >/dev/null; fi
+	@rm -rf $(patsubst %/pyvenv.cfg,%,$(wildcard $(VENV)/pyvenv.cfg)) __pycache__ .hypothesis .pytest_cache .ruff_cache
+	@if [ '$(WITH_DATA)' = yes ]; then rm -rf $(patsubst %/data,%,$(wildcard $(DATA)/data)); \
+		else echo 'Kept: $(DATA) and the volume hello_data. `make clean WITH_DATA=yes` removes them.'; fi
+
 # The kubectl that the k8s targets use: `make k8s-apply KUBECTL='kubectl --namespace hello'`
 KUBECTL ?= kubectl
 
