@@ -5,11 +5,16 @@ set -eu
 kubectl=${KUBECTL:-kubectl}
 password=$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')
 
+exists() { $kubectl get "$@" --ignore-not-found --output=name; }
+pod=$(exists pod hello-database-0)
+volume=$(exists persistentvolumeclaim data-hello-database-0)
+deployment=$(exists deployment hello-api)
+
 # Postgres takes the password from the environment only when its volume is empty.
-if [ -n "$($kubectl get pod hello-database-0 --ignore-not-found --output=name)" ]; then
+if [ -n "$pod" ]; then
   echo "ALTER ROLE hello PASSWORD '$password'" | $kubectl exec --stdin hello-database-0 --container=database -- \
     psql --quiet --no-psqlrc --username=postgres --set=ON_ERROR_STOP=1
-elif [ -n "$($kubectl get persistentvolumeclaim data-hello-database-0 --ignore-not-found --output=name)" ]; then
+elif [ -n "$volume" ]; then
   echo 'The volume data-hello-database-0 has a password, and no database runs to change it: first `make k8s-apply`.' >&2
   exit 1
 fi
@@ -37,7 +42,7 @@ stringData:
 END
 
 # Pods that run keep their connections; they could open no new one with the old password.
-if [ -n "$($kubectl get deployment hello-api --ignore-not-found --output=name)" ]; then
+if [ -n "$deployment" ]; then
   $kubectl rollout restart deployment/hello-api
   $kubectl rollout status deployment/hello-api --timeout=10m
 fi
