@@ -14,6 +14,7 @@ gunicorn's master imports this module before its workers make the standard libra
 library which waits is imported by name, and neither is hello.
 """
 
+import atexit
 import contextlib
 import json
 import logging
@@ -24,15 +25,18 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from random import getrandbits
+from select import PIPE_BUF
 from time import gmtime, perf_counter, process_time, strftime
 from types import ModuleType
 from typing import Any
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess, values
+from prometheus_client import Counter, Gauge, Histogram, generate_latest, multiprocess, values
+from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.registry import Collector
 
 METRICS_PORT = os.environ.get("METRICS_PORT") or "8081"
 LOG_FORMAT = os.environ.get("LOG_FORMAT") or ("text" if sys.stdout.isatty() else "json")
@@ -47,6 +51,7 @@ PROBES = {"/livez", "/readyz"}  # asked every few seconds for ever: counted, not
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 ROWS = (1, 2, 5, 10, 20, 50, 100, 200)  # BATCH_SIZE is 100
 SAMPLE_SECONDS = 1  # far below any scrape interval
+FLUSH_SECONDS = 0.05
 
 LOG = logging.getLogger("hello")
 
@@ -91,16 +96,42 @@ def log_defect(context: object, kind: type, error: BaseException, trace: object)
     LOG.error("uncaught exception", exc_info=(kind, error.with_traceback(trace), trace))
 
 
-def write(line: str) -> None:
-    """Write a line to standard output, at once and whole; lose it where nobody reads there any more.
-
-    One write of less than PIPE_BUF bytes (4,096 on Linux) never mixes with that of another worker.
+class Output:
+    """Writes requests' lines to standard output, those of a moment together: the reader of a pipe, woken for each, took
+    a tenth of the throughput. What is written at once is less than PIPE_BUF (4,096 bytes on Linux), so lines of several
+    workers do not mix. A worker that is killed loses the lines of that moment, but not its counts.
     """
-    with contextlib.suppress(OSError):
-        os.write(1, line.encode())
+
+    def __init__(self) -> None:
+        self.lines = ""
+        self.has_lines = threading.Event()
+        threading.Thread(target=self.flush_now_and_then, daemon=True).start()
+        atexit.register(self.flush)
+
+    def write(self, line: str) -> None:
+        """Write a line within FLUSH_SECONDS."""
+        if len(self.lines) + len(line) > PIPE_BUF:
+            self.flush()
+        if not self.lines:
+            self.has_lines.set()
+        self.lines += line
+
+    def flush(self) -> None:
+        """Write the lines; lose them where nobody reads any more, for that is no reason not to serve."""
+        lines, self.lines = self.lines, ""
+        with contextlib.suppress(OSError):
+            os.write(1, lines.encode())
+
+    def flush_now_and_then(self) -> None:
+        while self.has_lines.wait():
+            time.sleep(FLUSH_SECONDS)
+            self.has_lines.clear()
+            self.flush()
 
 
-def request_line(method: str, route: str, status: str) -> Callable[[float, int, str, str], None]:
+def request_line(
+    write: Callable[[str], None], method: str, route: str, status: str
+) -> Callable[[float, int, str, str], None]:
     """Return what logs a request: by its seconds, its response's bytes, its id and its trace id or "".
 
     Every part comes from a closed set or has an alphabet without quotes: nothing needs to be escaped.
@@ -137,13 +168,14 @@ TRACEPARENT = re.compile(
 
 def request_id_of(environ: WSGIEnvironment) -> str:
     """Return the client's X-Request-Id where it is sane, else a new one."""
-    sent = environ.get("HTTP_X_REQUEST_ID", "")
-    return sent if REQUEST_ID.fullmatch(sent) else f"{getrandbits(128):032x}"
+    sent = environ.get("HTTP_X_REQUEST_ID")
+    return sent if sent and REQUEST_ID.fullmatch(sent) else f"{getrandbits(128):032x}"
 
 
 def trace_id_of(environ: WSGIEnvironment) -> str:
     """Return the trace id of a valid traceparent header, else nothing."""
-    match = TRACEPARENT.fullmatch(environ.get("HTTP_TRACEPARENT", ""))
+    sent = environ.get("HTTP_TRACEPARENT")
+    match = sent and TRACEPARENT.fullmatch(sent)
     return match["trace_id"] if match else ""
 
 
@@ -163,6 +195,7 @@ class Telemetry:
         # The library would keep a file for each process id: more of them with each death, for ever.
         values.ValueClass = values.MultiProcessValue(lambda: number)
         self.application = application
+        self.output = Output()
         self.running = 0
         self.series: dict[tuple[str, str, str], tuple[Callable[..., None], ...]] = {}
         self.logged: dict[str, float] = {}  # when a database error of a class was last logged
@@ -173,7 +206,6 @@ class Telemetry:
             return kind(name, text, labels, registry=None, **options)
 
         labels = ("method", "route", "status")
-        self.requests = metric(Counter, "http_requests_total", "Requests answered.", *labels)
         text = "Time from a request's whole arrival to its response."
         self.durations = metric(Histogram, "http_request_duration_seconds", text, *labels, buckets=SECONDS)
         self.in_progress = metric(Gauge, "http_requests_in_progress", "Requests not yet answered.")
@@ -212,9 +244,13 @@ class Telemetry:
         threading.Thread(target=self.sample, daemon=True).start()
 
     def add_series(self, method: str, route: str, status: str) -> tuple[Callable[..., None], ...]:
-        """Return what counts, times and logs a request; kept, for the library's own way to it is slow."""
+        """Return what times and logs a request; kept, for the library's own way to it is slow."""
         key = method, route, status
-        kept = self.requests.labels(*key).inc, self.durations.labels(*key).observe, request_line(*key)
+        kept = (
+            self.requests.labels(*key).inc,
+            self.durations.labels(*key).observe,
+            request_line(self.output.write, *key),
+        )
         return self.series.setdefault(key, kept)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -237,9 +273,8 @@ class Telemetry:
             self.running -= 1
         method, route = environ["REQUEST_METHOD"], environ.get("hello.route", UNMATCHED)
         key = method if method in METHODS else "other", route, status
-        count, observe, log = self.series.get(key) or self.add_series(*key)
+        observe, log = self.series.get(key) or self.add_series(*key)
         seconds = perf_counter() - start
-        count()
         observe(seconds)
         log(seconds, sum(map(len, content)), request_id, trace_id_of(environ))
         return content
@@ -269,6 +304,20 @@ class Telemetry:
             time.sleep(SAMPLE_SECONDS)
 
 
+class Sums(Collector):
+    """The metrics summed over all workers, and http_requests_total: each duration is one request."""
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in multiprocess.MultiProcessCollector(None).collect():
+            yield metric
+            if metric.name == "http_request_duration_seconds":
+                requests = CounterMetricFamily("http_requests", "Requests answered.")
+                for sample in metric.samples:
+                    if sample.name.endswith("_count"):
+                        requests.add_sample("http_requests_total", sample.labels, sample.value)
+                yield requests
+
+
 def serve_metrics(environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
     """Answer on the metrics' port: GET /metrics with the sums over all workers, in Prometheus' text format."""
     headers = [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")]
@@ -278,8 +327,6 @@ def serve_metrics(environ: WSGIEnvironment, start_response: StartResponse) -> li
         status, kind, content = "405 Method Not Allowed", "application/json", b'{"message": "Use GET or HEAD."}'
         headers.append(("Allow", "GET, HEAD"))
     else:
-        registry = CollectorRegistry()
-        multiprocess.MultiProcessCollector(registry)
-        status, kind, content = "200 OK", CONTENT_TYPE_PLAIN_0_0_4, generate_latest(registry)
+        status, kind, content = "200 OK", CONTENT_TYPE_PLAIN_0_0_4, generate_latest(Sums())
     start_response(status, [*headers, ("Content-Type", kind), ("Content-Length", str(len(content)))])
     return [] if environ["REQUEST_METHOD"] == "HEAD" else [content]
