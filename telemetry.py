@@ -246,11 +246,7 @@ class Telemetry:
     def add_series(self, method: str, route: str, status: str) -> tuple[Callable[..., None], ...]:
         """Return what times and logs a request; kept, for the library's own way to it is slow."""
         key = method, route, status
-        kept = (
-            self.requests.labels(*key).inc,
-            self.durations.labels(*key).observe,
-            request_line(self.output.write, *key),
-        )
+        kept = self.durations.labels(*key).observe, request_line(self.output.write, *key)
         return self.series.setdefault(key, kept)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
