@@ -69,7 +69,6 @@ class Worker(GeventWorker):
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
         """Serve one connection until either side has had enough."""
         try:
-            client.settimeout(SEND_TIMEOUT)
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.converse(listener.getsockname(), client, addr)
             self.close_gently(client)
@@ -107,15 +106,22 @@ class Worker(GeventWorker):
         """Answer a request; return whether the connection can go on."""
         if request.version >= (1, 1) and not any(name == "HOST" for name, _ in request.headers):
             raise errors.InvalidHeader("Host")
-        response, environ = create(request, client, addr, listener_name, self.cfg, response_class=OneSend)
-        environ["wsgi.multithread"] = True
         with gevent.Timeout(CONTENT_TIMEOUT):
-            content = request.body.read(MAX_CONTENT_BYTES + 1)
-        environ["wsgi.input"] = io.BytesIO(content)
-        if len(content) > MAX_CONTENT_BYTES or not self.alive:
+            response, environ = create(request, client, addr, listener_name, self.cfg, response_class=OneSend)
+            received = request.body.read(MAX_CONTENT_BYTES + 1)
+        environ["wsgi.multithread"] = True
+        environ["wsgi.input"] = io.BytesIO(received)
+        content = b"".join(self.wsgi(environ, response.start_response))
+        if len(received) > MAX_CONTENT_BYTES or not self.alive:  # asked last: a stop may have come meanwhile
             response.force_close()
-        client.sendall(response.whole(b"".join(self.wsgi(environ, response.start_response))))
+        self.send(client, response.whole(content))
         return not response.should_close()
+
+    def send(self, client: Any, data: bytes) -> None:
+        """Send all of it; raise TimeoutError where the client does not read."""
+        client.settimeout(SEND_TIMEOUT)
+        client.sendall(data)
+        client.settimeout(None)
 
     def refuse(self, client: Any, status: HTTPStatus, message: str) -> None:
         """Answer what is no request."""
@@ -125,7 +131,7 @@ class Worker(GeventWorker):
             "X-Content-Type-Options: nosniff\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(content)}\r\n\r\n"
         )
-        client.sendall(head.encode() + content)
+        self.send(client, head.encode() + content)
 
     def close_gently(self, client: Any) -> None:
         """Let the client read what was sent: to close with its bytes unread would reset the connection."""
