@@ -1,6 +1,7 @@
 """What every test file shares: a Postgres of the tests' own, and the environment that reaches it."""
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,8 +20,22 @@ for name in list(os.environ):
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[embedded.Postgres]:
     """Start a Postgres for the whole run, and point libpq's environment at it."""
-    server = embedded.Postgres(tmp_path_factory.mktemp("postgres") / "data")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    server = embedded.Postgres(tmp_path_factory.mktemp("postgres") / "data", port=port, listen_addresses="localhost")
     server.start()
     os.environ.update(server.environment)
     yield server
     server.stop()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the figures that tests measured and kept with `record_property("figures", text)`, also where all passed."""
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
+    lines = [
+        f"{r.nodeid.split('::')[-1]}: {text}" for r in reports for name, text in r.user_properties if name == "figures"
+    ]
+    if lines:
+        terminalreporter.section("figures")
+        terminalreporter.write_line("\n".join(lines))

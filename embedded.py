@@ -54,7 +54,8 @@ class Postgres:
     @property
     def environment(self) -> dict[str, str]:
         """The libpq settings that reach the server."""
-        return {"PGHOST": self.sockets, "PGPORT": "5432", "PGUSER": "postgres", "PGDATABASE": "postgres"}
+        port = self.settings.get("port", "5432")
+        return {"PGHOST": self.sockets, "PGPORT": port, "PGUSER": "postgres", "PGDATABASE": "postgres"}
 
     def start(self) -> None:
         """Make the data folder at need, start the server and wait until it accepts connections."""
@@ -66,7 +67,9 @@ class Postgres:
             arguments = ["-D", self.folder, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C"]
             self.call("initdb", *arguments, "--no-instructions")
         self.stop_leftover()
-        options = {"unix_socket_directories": self.sockets, "listen_addresses": "", "port": "5432"} | self.settings
+        options = {"unix_socket_directories": self.sockets, "listen_addresses": "", "port": "5432"}
+        # Names and dates of birth are personal data: no statement and no row in its log.
+        options |= {"log_min_error_statement": "panic", "log_error_verbosity": "terse"} | self.settings
         command = [binaries() / "postgres", "-D", self.folder]
         command += [f"--{name}={value}" for name, value in options.items()]
         with (self.folder / "server.log").open("ab") as log:

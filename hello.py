@@ -31,6 +31,7 @@ import logging
 import os
 import re
 import select
+import socket
 import sys
 import threading
 import traceback
@@ -38,8 +39,11 @@ import unicodedata
 from calendar import isleap
 from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import MAXYEAR, date, datetime
+from functools import partial
 from http import HTTPStatus
+from itertools import cycle
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, NamedTuple
@@ -94,13 +98,25 @@ LOG = logging.getLogger("hello")
 
 # --- SQL --------------------------------------------------------------------------------------------
 
-# LOCAL, and in the same message as the statement it bounds: nothing stays behind in a session that
-# a transaction-mode PgBouncer may lend to somebody else, and it costs no round trip.
-BOUND_STATEMENT = "SET LOCAL statement_timeout = %s; "
-FIND_DATES_OF_BIRTH = "SELECT username, date_of_birth FROM users WHERE username = ANY(%s)"
+# SET LOCAL in the same message as the statement it bounds: nothing stays behind in a session that a
+# transaction-mode PgBouncer may lend to somebody else, and it costs no round trip.
+FIND_DATES_OF_BIRTH = """
+    SET LOCAL statement_timeout = %s;
+    SELECT username, date_of_birth FROM users WHERE username = ANY(%s)
+"""
+# WHERE: a statement that we gave up on may still reach Postgres, late, from a network or a server that hung. It must
+# not overwrite what was acknowledged meanwhile. (%%s: execute_values puts the rows there.)
 SAVE_DATES_OF_BIRTH = """
-    INSERT INTO users (username, date_of_birth) VALUES %s
+    SET LOCAL statement_timeout = %s;
+    INSERT INTO users (username, date_of_birth) VALUES %%s
     ON CONFLICT (username) DO UPDATE SET date_of_birth = EXCLUDED.date_of_birth
+    WHERE clock_timestamp() < to_timestamp(%s)
+"""
+# What a new connection asks first: the server's clock, for that WHERE; and it ends what an earlier one may have left
+# behind, a commit's wait for a synchronous standby, which goes on without a client and without a bound.
+GREET_SERVER = """
+    SELECT extract(epoch FROM clock_timestamp())::float8, count(pg_terminate_backend(pid)) FROM pg_stat_activity
+    WHERE usename = current_user AND wait_event = 'SyncRep' AND clock_timestamp() - query_start > %s * interval '1 s'
 """
 
 # --- Database ---------------------------------------------------------------------------------------
@@ -113,8 +129,10 @@ class Unavailable(Exception):
 class Connection(extensions.connection):
     """A connection that never waits for Postgres past its `deadline`, in monotonic seconds."""
 
-    def __init__(self, dsn: str, **arguments: Any) -> None:
-        self.deadline = monotonic() + CONNECT_TIMEOUT
+    clock: float  # the server's time of day at our monotonic zero, in seconds
+
+    def __init__(self, dsn: str, deadline: float, **arguments: Any) -> None:
+        self.deadline = deadline
         super().__init__(dsn, **arguments)
 
 
@@ -132,33 +150,57 @@ def wait(connection: Connection) -> None:
 
 
 extensions.set_wait_callback(wait)
+resolver = ThreadPoolExecutor(4)
 silent_hosts = 0  # how often a host accepted and then said nothing
+
+
+def addresses(host: str, deadline: float) -> list[str]:
+    """Look a host up, beside: libpq would do it itself, without a bound, and stop all else in the process."""
+    if host.startswith(("/", "@")) or not host:
+        return [""]  # a folder of sockets, or libpq's default: libpq knows
+    lookup = resolver.submit(socket.getaddrinfo, host, None, type=socket.SOCK_STREAM)
+    try:
+        found = lookup.result(deadline - monotonic())
+    except OSError:  # unknown, or TimeoutError
+        return []
+    return list(dict.fromkeys(address[4][0] for address in found))
+
+
+def endpoints(first: int, deadline: float) -> dict[str, str]:
+    """Return libpq's lists host, hostaddr and port from PGHOST and PGPORT, beginning with the `first`-th."""
+    if os.environ.get("PGHOSTADDR") or os.environ.get("PGSERVICE"):
+        return {}  # libpq needs no help with the one, and knows more of the other
+    pairs = zip(os.environ.get("PGHOST", "").split(","), cycle(os.environ.get("PGPORT", "").split(",")))
+    found = [(host, address, port) for host, port in pairs for address in addresses(host, deadline)]
+    if not found:
+        raise psycopg2.OperationalError("PGHOST has no address")
+    turn = first % len(found)
+    return dict(zip(("host", "hostaddr", "port"), map(",".join, zip(*found[turn:], *found[:turn])), strict=True))
 
 
 def connect() -> Connection:
     """Open a connection with libpq's own settings; raise psycopg2.Error or TimeoutError.
 
-    libpq goes on to the next of several hosts when one refuses. When one is silent, its time is up:
-    the next attempt then starts with the next host.
+    Of several hosts libpq goes on to the next when one refuses. When one is silent, the time is up: the next
+    attempt then begins with the next host.
     """
     global silent_hosts
-    order = {}
-    for name in ("host", "hostaddr", "port"):
-        items = os.environ.get(f"PG{name.upper()}", "").split(",")
-        if len(items) > 1:
-            order[name] = ",".join(items[(i + silent_hosts) % len(items)] for i in range(len(items)))
+    first, deadline = silent_hosts, monotonic() + CONNECT_TIMEOUT
     try:
         connection = psycopg2.connect(
-            connection_factory=Connection,
+            connection_factory=partial(Connection, deadline=deadline),
             fallback_application_name="hello",
             client_encoding="UTF8",
             tcp_user_timeout=round(CONNECT_TIMEOUT * 1000),  # how long a vanished peer is believed in
-            **order,
+            **endpoints(first, deadline),
         )
+        connection.autocommit = True
+        with connection.cursor() as cursor:
+            cursor.execute(GREET_SERVER, (DATABASE_TIMEOUT,))
+            connection.clock = cursor.fetchone()[0] - monotonic()
     except TimeoutError:
-        silent_hosts += 1
+        silent_hosts = first + 1
         raise
-    connection.autocommit = True
     return connection
 
 
@@ -196,21 +238,24 @@ Statement = Callable[[Any, list[Any]], list[Any]]
 
 def find(cursor: Any, usernames: list[str]) -> list[date | None]:
     """Return the date of birth of each username, None where there is none."""
-    cursor.execute(BOUND_STATEMENT + FIND_DATES_OF_BIRTH, (round(STATEMENT_TIMEOUT * 1000), usernames))
+    cursor.execute(FIND_DATES_OF_BIRTH, (round(STATEMENT_TIMEOUT * 1000), usernames))
     found = dict(cursor.fetchall())
     return [found.get(username) for username in usernames]
 
 
 def save(cursor: Any, rows: list[tuple[str, date]]) -> list[None]:
     """Save dates of birth: of each username the last, and in one order, so that no two batches deadlock."""
-    bound = cursor.mogrify(BOUND_STATEMENT, (round(STATEMENT_TIMEOUT * 1000),)).decode()
+    connection = cursor.connection
+    expiry = connection.deadline + connection.clock
+    statement = cursor.mogrify(SAVE_DATES_OF_BIRTH, (round(STATEMENT_TIMEOUT * 1000), expiry)).decode()
     unique = sorted(dict(rows).items())
-    cursor.connection.notices.clear()  # of the login, for example
-    execute_values(cursor, bound + SAVE_DATES_OF_BIRTH, unique, page_size=len(unique))
-    if cursor.connection.notices:
-        # To cancel the wait for a synchronous standby is a mere warning: the row may be on one server only.
-        cursor.connection.close()
-        raise psycopg2.OperationalError("committed with a warning")
+    connection.notices.clear()  # of the login, for example
+    execute_values(cursor, statement, unique, page_size=len(unique))
+    # That the wait for a synchronous standby was cancelled is a mere warning: the rows may be on one server only.
+    # Fewer rows than sent: their time was over, or the server's clock jumped, and a new connection reads it anew.
+    if connection.notices or cursor.rowcount < len(unique):
+        connection.close()
+        raise psycopg2.OperationalError("not safely committed")
     return [None] * len(rows)
 
 

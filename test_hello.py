@@ -4,6 +4,7 @@ Every write is checked through a second connection, `table`.
 """
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -50,7 +51,11 @@ class Table:
 
     def __init__(self, environment: dict[str, str]) -> None:
         self.connection = psycopg2.connect(
-            host=environment["PGHOST"], user="postgres", dbname="postgres", connection_factory=Patient
+            host=environment["PGHOST"],
+            port=environment["PGPORT"],
+            user="postgres",
+            dbname="postgres",
+            connection_factory=Patient,
         )
         self.connection.autocommit = True
 
@@ -420,6 +425,15 @@ def test_put_with_any_content_type_is_204(app: TestApp, table: Table, content_ty
     assert table.rows() == {"Zoe": date(1990, 5, 17)}
 
 
+def test_put_of_less_than_its_content_length_is_400(table: Table) -> None:
+    environ = {"REQUEST_METHOD": "PUT", "PATH_INFO": "/hello/Zoe", "CONTENT_LENGTH": "100"}
+    statuses: list[str] = []
+    start_response = lambda status, headers: statuses.append(status)
+    hello.application(environ | {"wsgi.input": io.BytesIO(json.dumps(BODY).encode())}, start_response)
+    assert statuses == ["400 Bad Request"]
+    assert table.rows() == {}
+
+
 def padded(size: int) -> bytes:
     return json.dumps(BODY).encode().ljust(size)
 
@@ -758,6 +772,62 @@ def test_read_only_database_refuses_put_and_serves_get(app: TestApp, table: Tabl
         table.execute("ALTER DATABASE postgres RESET default_transaction_read_only")
     app.put_json("/hello/Adam", BODY, status=204)
     assert sorted(table.rows()) == ["Adam", "Zoe"]
+
+
+def test_put_answered_503_does_not_overwrite_a_later_acknowledged_one(
+    app: TestApp, table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hello, "DATABASE_TIMEOUT", 0.5)
+    app.put_json("/hello/Zoe", BODY, status=204)
+    pid = hello.save_date_of_birth.idle[0].connection.info.backend_pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        app.put_json("/hello/Zoe", {"dateOfBirth": "1991-01-01"}, status=503)
+        app.put_json("/hello/Zoe", {"dateOfBirth": "1992-02-02"}, status=204)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    while table.execute("SELECT FROM pg_stat_activity WHERE pid = %s", pid):
+        time.sleep(0.01)
+    assert table.rows() == {"Zoe": date(1992, 2, 2)}
+
+
+def test_client_encoding_of_the_environment_does_not_matter(
+    app: TestApp, table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
+    table.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'hello'")
+    app.put_json(path_of("名前"), BODY, status=204)
+    assert list(table.rows()) == ["名前"]
+
+
+@pytest.mark.parametrize(
+    "hosts", ["localhost", "127.0.0.1,localhost", "no-such-host.invalid,localhost", "::1,127.0.0.1"]
+)
+def test_host_names_are_looked_up_and_tried_in_turn(
+    app: TestApp, table: Table, monkeypatch: pytest.MonkeyPatch, hosts: str
+) -> None:
+    monkeypatch.setenv("PGHOST", hosts)
+    connection = hello.connect()
+    assert connection.info.host in hosts.split(",")
+    connection.close()
+
+
+def test_host_without_an_address_is_503(app: TestApp, table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGHOST", "no-such-host.invalid")
+    table.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'hello'")
+    app.put_json("/hello/Zoe", BODY, status=503)
+    assert table.rows() == {}
+
+
+def test_silent_name_server_holds_a_request_no_longer_than_an_attempt_to_connect(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PGHOST", "database")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(3))
+    with pytest.raises(psycopg2.OperationalError):
+        hello.connect()
+    _, seconds = timed(lambda: pytest.raises(psycopg2.OperationalError, hello.connect))
+    assert seconds < hello.CONNECT_TIMEOUT + 0.5
 
 
 def test_warning_at_the_login_is_none_of_the_statement(app: TestApp, table: Table) -> None:
