@@ -5,12 +5,17 @@ nothing, and with copies broken in one place each (BROKEN), where it must find s
 """
 
 import copy
+import datetime
 import functools
+import itertools
 import json
 import os
 import re
 import runpy
 import subprocess
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -698,6 +703,21 @@ def test_generated_monitoring_objects_hold_the_rules_and_the_dashboard() -> None
     )
 
 
+def test_connection_takes_no_more_memory_than_counted_with(postgres: embedded.Postgres) -> None:
+    line, deadline = hello.Line(), time.monotonic() + 10
+    line.execute(lambda cursor, _: cursor.execute((ROOT / "schema.sql").read_text()), [], deadline)
+    names = ["".join(letters) for letters in itertools.product("abcdefghij", repeat=2)]
+    for _ in range(10):
+        line.execute(hello.save, [(name, datetime.date(1990, 5, 17)) for name in names], deadline)
+        line.execute(hello.find, names, deadline)
+    usage = Path(f"/proc/{line.connection.info.backend_pid}/smaps_rollup")
+    text = usage.read_text() if usage.exists() else pytest.skip("only Linux says what a process has for itself")
+    line.execute(lambda cursor, _: cursor.execute("DELETE FROM users WHERE username = ANY(%s)", (names,)), [], deadline)
+    line.connection.close()
+    (kib,) = re.findall(r"Private_Dirty: +(\d+) kB", text)
+    assert 0.5 < int(kib) / 1024 < BACKEND_MIB
+
+
 # --- Custom resources -------------------------------------------------------------------------------
 
 
@@ -974,3 +994,259 @@ def test_role_of_the_api_owns_its_database_and_nothing_else(
     cluster: dict, database_server: Any, query: str, answer: str
 ) -> None:
     assert psql(database_server, f"--command={query}").stdout.strip() == answer
+
+
+# --- The containers, run by a real engine as the manifests have them --------------------------------
+
+
+def docker(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False, **options)
+
+
+def own_fs_group(pod: Object, volume: str, image: str) -> None:
+    """Do to a volume what the kubelet does before each start of a pod that has an fsGroup."""
+    context = pod["securityContext"]
+    group, policy = context["fsGroup"], context.get("fsGroupChangePolicy", "Always")
+    script = f"""
+        [ {policy} = OnRootMismatch ] && [ "$(stat -c %g:%A /v)" = {group}:drwxrwsr-x ] && exit
+        find /v -exec chgrp {group} {{}} + -exec chmod g+rw {{}} + && find /v -type d -exec chmod g+xs {{}} +
+    """
+    # A new disk belongs to root, who alone may write to it.
+    fresh = "[ -e /v/18 ] || { chown 0:0 /v; chmod 755 /v; }; "
+    command = ["--volume", f"{volume}:/v", "--entrypoint", "sh", image, "-c", fresh + script]
+    assert docker("run", "--rm", "--user", "0", *command).returncode == 0
+
+
+class Pod:
+    """One pod of the manifests as containers: its users, limits, confinement, environment, mounts and probes."""
+
+    def __init__(self, name: str, pod: Object, objects: list[Object], folder: Path, claims: dict[str, str]) -> None:
+        self.name, self.pod, self.objects, self.folder, self.claims = name, pod, objects, folder, claims
+
+    def arguments(self, container: Object) -> list[str]:
+        """Translate what a container may do and sees into arguments of `docker run`."""
+        context = self.pod["securityContext"] | container["securityContext"]
+        limits = container["resources"]["limits"]
+        result = [
+            "--user",
+            f"{context['runAsUser']}:{context['runAsGroup']}",
+            "--network",
+            self.name.rpartition("-")[0],
+        ]
+        result += ["--memory", str(int(quantity(limits["memory"])))]
+        result += ["--cap-drop", ",".join(context["capabilities"]["drop"])]
+        if "cpu" in limits:
+            result += ["--cpus", str(min(quantity(limits["cpu"]), os.cpu_count() or 1))]
+        if "fsGroup" in context:
+            result += ["--group-add", str(context["fsGroup"])]
+        if context["readOnlyRootFilesystem"]:
+            result += ["--read-only"]
+        if not context["allowPrivilegeEscalation"]:
+            result += ["--security-opt", "no-new-privileges"]
+        for option in self.pod.get("dnsConfig", {}).get("options", []):
+            result += ["--dns-opt", f"{option['name']}:{option['value']}"]
+        for key, value in environment(self.objects, container).items():
+            result += ["--env", f"{key}={value}"]
+        volumes = {volume["name"]: volume for volume in self.pod["volumes"]}
+        for mount in container["volumeMounts"]:
+            volume, path = volumes.get(mount["name"], {}), mount["mountPath"]
+            if "emptyDir" in volume:
+                group = context.get("fsGroup", 0)
+                size = int(quantity(volume["emptyDir"]["sizeLimit"]))
+                result += ["--tmpfs", f"{path}:size={size},mode={'2777' if group else '777'},gid={group}"]
+            elif "configMap" in volume:
+                source = self.folder / volume["configMap"]["name"]
+                source.mkdir(exist_ok=True)
+                for name, text in get(self.objects, f"ConfigMap/{source.name}")["data"].items():
+                    (source / name).write_text(text)
+                    (source / name).chmod(0o644)
+                result += ["--volume", f"{source}:{path}:ro"]
+            else:
+                result += ["--volume", f"{self.claims[mount['name']]}:{path}"]
+        return result
+
+    def run(self, container: Object, *options: str) -> subprocess.CompletedProcess[str]:
+        """Run a container."""
+        arguments = [*self.arguments(container), *options]
+        if command := container.get("command"):
+            arguments += ["--entrypoint", command[0]]
+        words = container.get("command", [])[1:] + container.get("args", [])
+        return docker("run", *arguments, container["image"], *words)
+
+    def start(self, alias: str, *options: str) -> None:
+        """Do what the kubelet does to start a pod, up to its readiness."""
+        for volume in self.claims.values():
+            own_fs_group(self.pod, volume, self.pod["containers"][0]["image"])
+        for container in self.pod.get("initContainers", []):
+            done = self.run(container, "--rm")
+            assert done.returncode == 0, done.stderr
+        (container,) = self.pod["containers"]
+        done = self.run(container, "--detach", "--name", self.name, "--network-alias", alias, *options)
+        assert done.returncode == 0, done.stderr
+        for probe in (container["startupProbe"], container["readinessProbe"]):
+            self.wait(probe)
+
+    def wait(self, probe: Object) -> None:
+        """Ask a probe until it succeeds; fail where the kubelet would give up."""
+        deadline = time.monotonic() + probe.get("periodSeconds", 10) * probe.get("failureThreshold", 3)
+        while not self.succeeds(probe):
+            assert time.monotonic() < deadline, docker("logs", self.name).stderr
+            time.sleep(0.2)
+
+    def succeeds(self, probe: Object) -> bool:
+        seconds = probe.get("timeoutSeconds", 1)
+        if "exec" in probe:
+            return docker("exec", self.name, *probe["exec"]["command"], timeout=seconds).returncode == 0
+        port = port_names(self.pod)[probe["httpGet"]["port"]]
+        return self.ask(port, probe["httpGet"]["path"], seconds)[0] == 200
+
+    def ask(self, port: int, path: str, seconds: float = 10, body: bytes | None = None) -> tuple[int, str]:
+        """Return status and content of a request, 0 where there is no answer."""
+        address = docker("port", self.name, str(port)).stdout.split()[0]
+        request = urllib.request.Request(f"http://{address}{path}", body, method="PUT" if body else "GET")
+        try:
+            with urllib.request.urlopen(request, timeout=seconds) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+        except OSError:
+            return 0, ""
+
+    def stop(self) -> float:
+        """Stop the container as the kubelet does after preStop; return how many seconds of the grace it left."""
+        wait = self.pod["containers"][0].get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
+        grace = self.pod["terminationGracePeriodSeconds"] - wait
+        start = time.monotonic()
+        docker("stop", "--time", str(grace), self.name)
+        return grace - (time.monotonic() - start)
+
+    def exit_code(self) -> int:
+        return int(docker("inspect", "--format", "{{.State.ExitCode}}", self.name).stdout)
+
+    def psql(self, query: str, *options: str) -> subprocess.CompletedProcess[str]:
+        return docker("exec", self.name, "psql", "-tAq", "--username=postgres", *options, f"--command={query}")
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pod, Pod]]:
+    """Start the database's and the API's pod; yield both."""
+    try:
+        if docker("info", timeout=10).returncode != 0:
+            pytest.skip("no container engine answers `docker info`")
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        pytest.skip("there is no container engine here")
+    for _, _, spec in pods(PLAIN):
+        image = spec["containers"][0]["image"]
+        if docker("image", "inspect", image).returncode != 0:
+            pytest.skip(f"the image {image} is not here: `make build`, `docker pull postgres:18`")
+    prefix = f"hello-k8s-test{os.getpid()}"
+    folder = tmp_path_factory.mktemp("volumes")
+    docker("network", "create", prefix)
+    docker("volume", "create", f"{prefix}-data")
+    store = Pod(f"{prefix}-database", database(PLAIN), PLAIN, folder, {"data": f"{prefix}-data"})
+    service = Pod(f"{prefix}-api", api(PLAIN), PLAIN, folder, {})
+    try:
+        store.start("hello-database")
+        service.start("hello-api", "--publish", "127.0.0.1::8080", "--publish", "127.0.0.1::8081")
+        yield store, service
+    finally:
+        docker("rm", "--force", "--volumes", store.name, service.name)
+        docker("volume", "rm", f"{prefix}-data")
+        docker("network", "rm", prefix)
+
+
+def birthday(name: str) -> str:
+    return f"SELECT date_of_birth FROM users WHERE username = '{name}'"
+
+
+def test_containers_as_confined_by_the_manifests_serve(running: tuple[Pod, Pod]) -> None:
+    store, service = running
+    assert service.ask(8080, "/hello/Zoe", body=b'{"dateOfBirth": "1990-05-17"}') == (204, "")
+    assert store.psql(birthday("Zoe"), "--dbname=hello").stdout.strip() == "1990-05-17"
+    status, content = service.ask(8080, "/hello/Zoe")
+    assert (status, content[:24]) == (200, '{"message": "Hello, Zoe!')
+
+
+@pytest.mark.parametrize("kind", ["startupProbe", "readinessProbe", "livenessProbe"])
+def test_probe_succeeds(running: tuple[Pod, Pod], kind: str) -> None:
+    for pod in running:
+        assert pod.succeeds(pod.pod["containers"][0][kind])
+
+
+def test_metrics_are_on_their_port_only(running: tuple[Pod, Pod]) -> None:
+    _, service = running
+    assert "http_requests_total" in service.ask(8081, "/metrics")[1]
+    assert service.ask(8080, "/metrics")[0] == 404
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["database", "api"])
+def test_container_may_write_only_where_it_must(running: tuple[Pod, Pod], place: int) -> None:
+    pod = running[place]
+    for folder in ("/", "/app", "/etc", "/usr/local/bin", "/var/lib"):
+        assert docker("exec", pod.name, "sh", "-c", f"test ! -d {folder} || ! touch {folder}/file").returncode == 0
+    assert docker("exec", pod.name, "sh", "-c", "touch /tmp/file").returncode == 0
+    status = docker("exec", pod.name, "cat", "/proc/1/status").stdout
+    assert re.search(r"CapEff:\t0+\n", status) and re.search(r"NoNewPrivs:\t1\n", status)
+    assert re.search(r"Seccomp:\t2\n", status)
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["database", "api"])
+def test_container_fits_what_it_asks_for(running: tuple[Pod, Pod], place: int) -> None:
+    pod = running[place]
+    used = docker("stats", "--no-stream", "--format", "{{.MemUsage}}", pod.name).stdout.split("/")[0].strip("B \n")
+    assert 10 * 2**20 < quantity(used) < quantity(pod.pod["containers"][0]["resources"]["requests"]["memory"])
+
+
+def test_database_has_the_settings_of_the_manifest(running: tuple[Pod, Pod]) -> None:
+    store, _ = running
+    for name, value in database_settings(PLAIN).items():
+        # Over TCP: a socket has no keepalives.
+        assert store.psql(f"SHOW {name}", "--host=127.0.0.1").stdout.strip() == value
+
+
+def test_database_lets_nobody_in_from_elsewhere_without_the_password(running: tuple[Pod, Pod]) -> None:
+    _, service = running
+    command = ["run", "--rm", "--network", service.name.rpartition("-")[0], "--entrypoint", "psql", "postgres:18"]
+    for user, password in (("hello", "wrong"), ("postgres", "for-development-only")):
+        done = docker(
+            *command, f"host=hello-database user={user} password={password} dbname=hello", "--command=SELECT 1"
+        )
+        assert done.returncode != 0
+        assert "password authentication failed" in done.stderr
+
+
+def test_failed_statement_leaves_no_name_in_a_log(running: tuple[Pod, Pod]) -> None:
+    store, service = running
+    lock = ["exec", "--detach", store.name, "psql", "--username=postgres", "--dbname=hello"]
+    docker(*lock, "--command=BEGIN; LOCK TABLE users; SELECT pg_sleep(60)")
+    time.sleep(0.5)
+    assert service.ask(8080, "/hello/Unmentionable", body=b'{"dateOfBirth": "1987-06-05"}')[0] == 503
+    store.psql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE '%pg_sleep(60)'")
+    for pod in running:
+        done = docker("logs", pod.name)
+        assert "Unmentionable" not in done.stdout + done.stderr
+        assert "1987-06-05" not in done.stdout + done.stderr
+    done = docker("logs", store.name)
+    assert "canceling statement due to statement timeout" in done.stdout + done.stderr
+
+
+def test_database_keeps_its_data_through_a_new_pod(running: tuple[Pod, Pod]) -> None:
+    store, service = running
+    assert service.ask(8080, "/hello/Ada", body=b'{"dateOfBirth": "1815-12-10"}')[0] == 204
+    assert store.stop() > 0
+    assert store.exit_code() == 0
+    assert service.succeeds(service.pod["containers"][0]["livenessProbe"])
+    assert not service.succeeds(service.pod["containers"][0]["readinessProbe"])
+    docker("rm", "--volumes", store.name)
+    store.start("hello-database")
+    assert store.psql(birthday("Ada"), "--dbname=hello").stdout.strip() == "1815-12-10"
+    service.wait(service.pod["containers"][0]["readinessProbe"])
+    assert service.ask(8080, "/hello/Ada")[0] == 200
+
+
+def test_api_stops_within_its_grace(running: tuple[Pod, Pod]) -> None:
+    _, service = running
+    assert service.stop() > STOP_MARGIN
+    assert service.exit_code() == 0
+    docker("start", service.name)
+    service.wait(service.pod["containers"][0]["readinessProbe"])
