@@ -109,6 +109,17 @@ k8s-delete: ## Delete what k8s/ made; the database's volume and the random passw
 k8s-monitoring: ## Make the objects of k8s/monitoring/ from the rules and the dashboard of monitoring/
 	@$(if $(PYTHON),$(PYTHON),python3) k8s/monitoring/generate.py
 
+.PHONY: diagrams
+diagrams: $(VENV)/docs/installed ## Draw the pictures of docs/ (needs Graphviz)
+	@$(VENV)/docs/bin/python docs/draw.py
+
+# An environment of its own: it has tools in it that nothing else needs
+$(VENV)/docs/installed: docs/requirements.txt | $(VENV)/bin/python
+	@echo 'Installing what $< pins ...'
+	@$(VENV)/bin/python -m venv $(VENV)/docs
+	@$(VENV)/docs/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@touch $@
+
 $(VENV)/bin/python:
 	@$(if $(PYTHON),,echo 'hello needs Python 3.11 or newer on the PATH: install it, or name one with PYTHON=/path/to/python3' >&2; exit 1)
 	@$(PYTHON) -m venv $(VENV) >/dev/null || { rm -rf $(VENV); \
