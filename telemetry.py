@@ -30,7 +30,7 @@ from random import getrandbits
 from select import PIPE_BUF
 from time import gmtime, perf_counter, process_time, strftime
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from prometheus_client import Counter, Gauge, Histogram, generate_latest, multiprocess, values
@@ -51,7 +51,7 @@ PROBES = {"/livez", "/readyz"}  # asked every few seconds for ever: counted, not
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 ROWS = (1, 2, 5, 10, 20, 50, 100, 200)  # BATCH_SIZE is 100
 SAMPLE_SECONDS = 1  # far below any scrape interval
-FLUSH_SECONDS = 0.05
+FLUSH_SECONDS, FLUSH_ENTRIES = 0.05, 100
 
 LOG = logging.getLogger("hello")
 
@@ -96,65 +96,74 @@ def log_defect(context: object, kind: type, error: BaseException, trace: object)
     LOG.error("uncaught exception", exc_info=(kind, error.with_traceback(trace), trace))
 
 
-class Output:
-    """Writes requests' lines to standard output, those of a moment together: the reader of a pipe, woken for each, took
-    a tenth of the throughput. What is written at once is less than PIPE_BUF (4,096 bytes on Linux), so lines of several
-    workers do not mix. A worker that is killed loses the lines of that moment, but not its counts.
+class Entry(NamedTuple):
+    """What is logged of a request: each part of a closed set, or of an alphabet that needs no escaping."""
+
+    moment: float
+    method: str
+    route: str
+    status: str
+    seconds: float
+    size: int
+    request_id: str
+    trace_id: str
+
+
+def json_line(entry: Entry) -> str:
+    moment, method, route, status, seconds, size, request_id, trace_id = entry
+    trace = f', "trace_id": "{trace_id}"' if trace_id else ""
+    return (
+        f'{{"time": "{utc(moment)}", "level": "info", "message": "request", "method": "{method}", "route": "{route}", '
+        f'"status": {status}, "duration_seconds": {seconds:.6f}, "bytes": {size}, "request_id": "{request_id}"{trace}}}\n'
+    )
+
+
+def text_line(entry: Entry) -> str:
+    moment, method, route, status, seconds, size, request_id, trace_id = entry
+    trace = f" trace {trace_id}" if trace_id else ""
+    return (
+        f"{utc(moment)} info     {method} {route} {status} {seconds * 1000:.1f} ms, {size} bytes, {request_id}{trace}\n"
+    )
+
+
+class RequestLog:
+    """Writes the lines of requests to standard output, those of FLUSH_SECONDS together.
+
+    One by one they took a tenth of the throughput, for each wakes the reader of the pipe. A worker that is killed
+    loses its last lines, but none of its counts.
     """
 
     def __init__(self) -> None:
-        self.lines = ""
-        self.has_lines = threading.Event()
+        self.entries: list[Entry] = []
+        self.has_entries = threading.Event()
+        self.line = text_line if LOG_FORMAT == "text" else json_line
         threading.Thread(target=self.flush_now_and_then, daemon=True).start()
         atexit.register(self.flush)
 
-    def write(self, line: str) -> None:
-        """Write a line within FLUSH_SECONDS."""
-        if len(self.lines) + len(line) > PIPE_BUF:
+    def add(self, entry: Entry) -> None:
+        """Write an entry's line within FLUSH_SECONDS."""
+        self.entries.append(entry)
+        if len(self.entries) == 1:
+            self.has_entries.set()
+        elif len(self.entries) == FLUSH_ENTRIES:
             self.flush()
-        if not self.lines:
-            self.has_lines.set()
-        self.lines += line
 
     def flush(self) -> None:
-        """Write the lines; lose them where nobody reads any more, for that is no reason not to serve."""
-        lines, self.lines = self.lines, ""
-        with contextlib.suppress(OSError):
-            os.write(1, lines.encode())
+        """Write the lines in pieces of less than PIPE_BUF bytes, which those of other workers cannot tear."""
+        entries, self.entries = self.entries, []
+        piece = ""
+        for line in [*map(self.line, entries), ""]:
+            if not line or len(piece) + len(line) > PIPE_BUF:
+                with contextlib.suppress(OSError):  # that nobody reads any more is no reason not to serve
+                    os.write(1, piece.encode())
+                piece = ""
+            piece += line
 
     def flush_now_and_then(self) -> None:
-        while self.has_lines.wait():
+        while self.has_entries.wait():
             time.sleep(FLUSH_SECONDS)
-            self.has_lines.clear()
+            self.has_entries.clear()
             self.flush()
-
-
-def request_line(
-    write: Callable[[str], None], method: str, route: str, status: str
-) -> Callable[[float, int, str, str], None]:
-    """Return what logs a request: by its seconds, its response's bytes, its id and its trace id or "".
-
-    Every part comes from a closed set or has an alphabet without quotes: nothing needs to be escaped.
-    """
-
-    def write_text(seconds: float, size: int, request_id: str, trace_id: str) -> None:
-        write(
-            f"{utc(time.time())} info     {method} {route} {status} {seconds * 1000:.1f} ms {size} bytes"
-            f" {request_id}{' trace ' + trace_id if trace_id else ''}\n"
-        )
-
-    labels = f'"method": "{method}", "route": "{route}", "status": {status}'
-
-    def write_json(seconds: float, size: int, request_id: str, trace_id: str) -> None:
-        trace = f', "trace_id": "{trace_id}"' if trace_id else ""
-        write(
-            f'{{"time": "{utc(time.time())}", "level": "info", "message": "request", {labels}, '
-            f'"duration_seconds": {seconds:.6f}, "bytes": {size}, "request_id": "{request_id}"{trace}}}\n'
-        )
-
-    if route in PROBES or LOG_LEVEL not in {"debug", "info"}:
-        return lambda seconds, size, request_id, trace_id: None
-    return write_text if LOG_FORMAT == "text" else write_json
 
 
 # --- Identity of a request --------------------------------------------------------------------------
@@ -195,9 +204,9 @@ class Telemetry:
         # The library would keep a file for each process id: more of them with each death, for ever.
         values.ValueClass = values.MultiProcessValue(lambda: number)
         self.application = application
-        self.output = Output()
+        self.log = RequestLog().add if LOG_LEVEL in {"debug", "info"} else None
         self.running = 0
-        self.series: dict[tuple[str, str, str], tuple[Callable[..., None], ...]] = {}
+        self.series: dict[tuple[str, str, str], Callable[[float], None]] = {}
         self.logged: dict[str, float] = {}  # when a database error of a class was last logged
 
         def metric(kind: Callable[..., Any], name: str, text: str, *labels: str, **options: Any) -> Any:
@@ -243,11 +252,9 @@ class Telemetry:
         service.observe = self.observe
         threading.Thread(target=self.sample, daemon=True).start()
 
-    def add_series(self, method: str, route: str, status: str) -> tuple[Callable[..., None], ...]:
-        """Return what times and logs a request; kept, for the library's own way to it is slow."""
-        key = method, route, status
-        kept = self.durations.labels(*key).observe, request_line(self.output.write, *key)
-        return self.series.setdefault(key, kept)
+    def add_series(self, *key: str) -> Callable[[float], None]:
+        """Return what counts and times a request; kept, for the library's own way to it is slow."""
+        return self.series.setdefault(key, self.durations.labels(*key).observe)
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answer a request (PEP 3333): as the application does, with X-Request-Id, counted and logged."""
@@ -269,10 +276,12 @@ class Telemetry:
             self.running -= 1
         method, route = environ["REQUEST_METHOD"], environ.get("hello.route", UNMATCHED)
         key = method if method in METHODS else "other", route, status
-        observe, log = self.series.get(key) or self.add_series(*key)
+        observe = self.series.get(key) or self.add_series(*key)
         seconds = perf_counter() - start
         observe(seconds)
-        log(seconds, sum(map(len, content)), request_id, trace_id_of(environ))
+        if self.log and route not in PROBES:
+            size = sum(map(len, content))
+            self.log(Entry(time.time(), *key, seconds, size, request_id, trace_id_of(environ)))
         return content
 
     def observe(self, statement: str, rows: int, seconds: float, error: BaseException | None) -> None:
