@@ -778,6 +778,7 @@ def test_put_answered_503_does_not_overwrite_a_later_acknowledged_one(
     app: TestApp, table: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hello, "DATABASE_TIMEOUT", 0.5)
+    table.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'hello'")
     app.put_json("/hello/Zoe", BODY, status=204)
     pid = hello.save_date_of_birth.idle[0].connection.info.backend_pid
     os.kill(pid, signal.SIGSTOP)
@@ -786,7 +787,7 @@ def test_put_answered_503_does_not_overwrite_a_later_acknowledged_one(
         app.put_json("/hello/Zoe", {"dateOfBirth": "1992-02-02"}, status=204)
     finally:
         os.kill(pid, signal.SIGCONT)
-    while table.execute("SELECT FROM pg_stat_activity WHERE pid = %s", pid):
+    while table.execute("SELECT 1 FROM pg_stat_activity WHERE pid = %s", pid):
         time.sleep(0.01)
     assert table.rows() == {"Zoe": date(1992, 2, 2)}
 
