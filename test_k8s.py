@@ -4,6 +4,7 @@ A check is a function from objects to the problems it finds. It is called with t
 nothing, and with copies broken in one place each (BROKEN), where it must find something.
 """
 
+import base64
 import copy
 import datetime
 import functools
@@ -704,15 +705,18 @@ def test_generated_monitoring_objects_hold_the_rules_and_the_dashboard() -> None
 
 
 def test_connection_takes_no_more_memory_than_counted_with(postgres: embedded.Postgres) -> None:
-    line, deadline = hello.Line(), time.monotonic() + 10
-    line.execute(lambda cursor, _: cursor.execute((ROOT / "schema.sql").read_text()), [], deadline)
+    schema, line, deadline = hello.Line(), hello.Line(), time.monotonic() + 10
+    schema.execute(lambda cursor, _: cursor.execute((ROOT / "schema.sql").read_text()), [], deadline)
     names = ["".join(letters) for letters in itertools.product("abcdefghij", repeat=2)]
     for _ in range(10):
         line.execute(hello.save, [(name, datetime.date(1990, 5, 17)) for name in names], deadline)
         line.execute(hello.find, names, deadline)
     usage = Path(f"/proc/{line.connection.info.backend_pid}/smaps_rollup")
     text = usage.read_text() if usage.exists() else pytest.skip("only Linux says what a process has for itself")
-    line.execute(lambda cursor, _: cursor.execute("DELETE FROM users WHERE username = ANY(%s)", (names,)), [], deadline)
+    schema.execute(
+        lambda cursor, _: cursor.execute("DELETE FROM users WHERE username = ANY(%s)", (names,)), [], deadline
+    )
+    schema.connection.close()
     line.connection.close()
     (kib,) = re.findall(r"Private_Dirty: +(\d+) kB", text)
     assert 0.5 < int(kib) / 1024 < BACKEND_MIB
@@ -931,13 +935,14 @@ def test_secret_beside_a_running_database_changes_its_password(cluster: dict, da
     assert can_connect(database_server, "for-development-only")
     done = run_secret(cluster, "pod", "persistentvolumeclaim", "deployment")
     assert done.returncode == 0, done.stderr
-    data = secret_of(cluster)["stringData"]
+    data = {key: base64.b64decode(value).decode() for key, value in secret_of(cluster)["data"].items()}
     assert can_connect(database_server, data["PASSWORD"])
     assert not can_connect(database_server, "for-development-only")
     assert data == {"PASSWORD": data["PASSWORD"], "username": "hello", "password": data["PASSWORD"]}
     arguments = Path(cluster["STATE"], "arguments").read_text()
     assert "rollout restart deployment/hello-api" in arguments
     assert data["PASSWORD"] not in arguments + done.stdout + done.stderr
+    assert secret_of(cluster)["data"]["PASSWORD"] not in arguments + done.stdout + done.stderr
     assert data["PASSWORD"] not in (database_server.folder / "server.log").read_text()
 
 

@@ -19,7 +19,9 @@ elif [ -n "$volume" ]; then
   exit 1
 fi
 
-# Applied by the server: kubectl itself would keep a copy of the password in an annotation.
+# Applied by the server: kubectl itself would keep a copy of the password in an annotation. Encoded, because the server
+# applies `stringData` once and not again.
+encoded=$(printf %s "$password" | base64)
 # PASSWORD is for the pods of this folder; username, password and the label are for CloudNativePG (ha/).
 $kubectl apply --server-side --force-conflicts --filename=- <<END
 apiVersion: v1
@@ -35,10 +37,10 @@ metadata:
     app.kubernetes.io/part-of: hello
     app.kubernetes.io/managed-by: kubectl
     cnpg.io/reload: "true"
-stringData:
-  PASSWORD: "$password"
-  username: hello
-  password: "$password"
+data:
+  PASSWORD: $encoded
+  username: $(printf hello | base64)
+  password: $encoded
 END
 
 # Pods that run keep their connections; they could open no new one with the old password.
