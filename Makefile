@@ -109,6 +109,32 @@ k8s-delete: ## Delete what k8s/ made; the database's volume and the random passw
 k8s-monitoring: ## Make the objects of k8s/monitoring/ from the rules and the dashboard of monitoring/
 	@$(if $(PYTHON),$(PYTHON),python3) k8s/monitoring/generate.py
 
+.PHONY: kind
+kind: build ## Make a cluster in Docker with kind, its namespace hello restricted, and the image in it
+	@kind get clusters 2>/dev/null | grep -qx hello || kind create cluster --name hello --wait 3m
+	@kind load docker-image hello:$(VERSION) --name hello
+	@kubectl --context kind-hello create namespace hello --dry-run=client --output yaml | kubectl --context kind-hello apply -f -
+	@kubectl --context kind-hello label namespace hello --overwrite pod-security.kubernetes.io/enforce=restricted
+
+.PHONY: k8s-smoke
+k8s-smoke: ## Apply k8s/, and see that a rolling update loses no request
+	@KUBECTL='$(KUBECTL)' k8s/smoke.sh
+
+# What `make scan` looks for known vulnerabilities with
+GRYPE ?= anchore/grype:v0.117.0@sha256:ddf9e9f204049f3a4a0955ef70873cabab6a31432125ad4f20a490b54950a253
+
+.PHONY: scan
+scan: build ## Fail where the image has a severe vulnerability that is fixed somewhere
+	@folder=$$(mktemp -d) && trap 'rm -rf $$folder' EXIT && docker save --output $$folder/image.tar hello:$(VERSION) && \
+		docker run --rm --volume $$folder:/scan:ro $(GRYPE) docker-archive:/scan/image.tar --only-fixed --fail-on high
+
+.PHONY: build-attested
+build-attested: engine ## Make hello-1.0.0.tar: the image with its provenance and bill of materials, for a registry
+	@docker buildx inspect hello >/dev/null 2>&1 || docker buildx create --name hello --driver docker-container >/dev/null
+	@docker buildx build --builder hello --provenance mode=max --sbom true --tag hello:$(VERSION) \
+		--build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) \
+		--output type=oci,dest=hello-$(VERSION).tar .
+
 .PHONY: diagrams
 diagrams: $(VENV)/docs/installed ## Draw the pictures of docs/ (needs Graphviz)
 	@$(VENV)/docs/bin/python docs/draw.py
