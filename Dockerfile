@@ -6,9 +6,9 @@ FROM base AS dependencies
 RUN python -m venv --without-pip /venv
 # Before the source, so that only a change of this file installs again.
 COPY requirements.txt .
-# Wheels with known hashes only: no compiler, and no code of a package runs here. Their own tests are half of gevent.
+# Wheels with known hashes only: no compiler, and no code of a package runs here. Their own tests do not belong here.
 RUN python -m pip --python /venv/bin/python install --no-cache-dir --require-hashes --only-binary :all: -r requirements.txt \
-    && find /venv -type d -name tests -prune -exec rm -r {} +
+    && find /venv -type d '(' -name tests -o -name testing ')' -prune -exec rm -r {} +
 
 FROM base
 COPY --from=dependencies /venv /venv

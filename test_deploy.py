@@ -1,0 +1,389 @@
+"""The image and the composed system, on a real Docker engine: as `make build` and `make compose-up` make them.
+
+All of it happens in a copy of this folder, with a project name, an image tag and a port of its own; whatever
+else runs on the engine, and its data, is not touched. Without an engine these tests are reported as not run.
+"""
+
+import http.client
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent
+PROJECT = f"hello-test-{os.getpid()}"
+VERSION = f"test-{os.getpid()}"
+IMAGE = f"hello:{VERSION}"
+BASE = "python:3.14-slim"
+HARDENED = ["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
+SECRET = "decoy-4711"
+FILES = {"hello.py", "worker.py", "telemetry.py", "gunicorn.conf.py", "schema.sql", "openapi.yaml"}
+LOCAL = ("PG", "COMPOSE_", "PORT", "VERSION", "METRICS_", "MAKE", "VENV", "DATA")  # settings of whoever runs the tests
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(LOCAL)}
+
+
+def run(*command: str, folder: Path | None = None, **environment: str) -> str:
+    """Return what a command writes; fail with it where the command fails."""
+    environment = ENVIRONMENT | {"COMPOSE_PROJECT_NAME": PROJECT, "VERSION": VERSION} | environment
+    done = subprocess.run(
+        command, cwd=folder, env=environment, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}"
+    return done.stdout
+
+
+def inspect(kind: str, name: str) -> dict[str, Any]:
+    return json.loads(run("docker", kind, "inspect", name))[0]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def ask(port: int, method: str, path: str, content: str | None = None) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection.request(method, path, content)
+    response = connection.getresponse()
+    return response.status, response.read()
+
+
+def wait_until(is_true: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def has_engine() -> bool:
+    try:
+        command = ["docker", "compose", "ls"]
+        return subprocess.run(command, capture_output=True, check=False, timeout=20).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+if not has_engine():
+    pytest.skip("not run: no Docker engine with Compose answers", allow_module_level=True)
+
+# --- Fixtures ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Copy this folder, with secrets in it that must not get anywhere, as readable as a umask of 077 leaves it."""
+    folder = tmp_path_factory.mktemp("clone") / "hello"
+    unwanted = shutil.ignore_patterns(".venv", ".postgres", ".git", ".env", "secrets", ".*_cache", ".hypothesis")
+    shutil.copytree(ROOT, folder, ignore=unwanted)
+    for name in ("id_rsa", "password.txt", "hello.key", ".git/config", ".config/token"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(SECRET)
+    for path in folder.rglob("*"):
+        path.chmod(path.stat().st_mode & 0o700)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image(clone: Path) -> Iterator[dict[str, Any]]:
+    """Build the image."""
+    run("make", "build", folder=clone)
+    yield inspect("image", IMAGE)
+    run("docker", "image", "rm", "--force", IMAGE)
+
+
+@pytest.fixture(scope="module")
+def container(image: dict[str, Any]) -> Iterator[str]:
+    """Run the image alone, hardened, without a database."""
+    name = f"{PROJECT}-alone"
+    run("docker", "run", "--detach", "--name", name, "--publish", "127.0.0.1::8080", *HARDENED, IMAGE)
+    yield name
+    run("docker", "rm", "--force", name)
+
+
+class System:
+    """What `make compose-up` brings up from a folder."""
+
+    def __init__(self, folder: Path, project: str) -> None:
+        self.folder = folder
+        self.project = project
+        self.port = free_port()
+
+    def make(self, *arguments: str) -> str:
+        names = {"COMPOSE_PROJECT_NAME": self.project, "PORT": str(self.port)}
+        return run("make", *arguments, folder=self.folder, **names)
+
+    def compose(self, *arguments: str) -> str:
+        return run("docker", "compose", *arguments, folder=self.folder, COMPOSE_PROJECT_NAME=self.project)
+
+    def sql(self, query: str) -> str:
+        """Ask the database itself, as its superuser."""
+        command = ["psql", "--username=postgres", "--dbname=hello", "-XAt", f"--command={query}"]
+        return self.compose("exec", "-T", "database", *command).strip()
+
+
+@pytest.fixture(scope="module")
+def system(clone: Path, image: dict[str, Any]) -> Iterator[System]:
+    """Bring the system up from a folder without a .env."""
+    system = System(clone, PROJECT)
+    try:
+        system.output = system.make("compose-up")
+        yield system
+    finally:
+        system.compose("down", "--volumes", "--timeout", "1")
+
+
+@pytest.fixture(scope="module")
+def system_with_secrets(clone: Path, image: dict[str, Any]) -> Iterator[System]:
+    """Bring the system up with its password in files, as README.md says."""
+    folder = clone.with_name("secrets")
+    shutil.copytree(clone, folder)
+    (folder / "secrets").mkdir(mode=0o700)
+    (folder / "secrets/password").write_text(SECRET)
+    (folder / "secrets/service").write_text(f"[hello]\npassword={SECRET}\n")
+    for path in (folder / "secrets").iterdir():
+        path.chmod(0o444)
+    (folder / ".env").write_text("COMPOSE_FILE=docker-compose.yml:docker-compose.secrets.yml\nTZ=Asia/Kathmandu\n")
+    system = System(folder, f"{PROJECT}-secrets")
+    try:
+        system.output = system.make("compose-up")
+        yield system
+    finally:
+        system.compose("down", "--volumes", "--timeout", "1")
+
+
+# --- The image --------------------------------------------------------------------------------------
+
+
+def test_image_adds_less_than_60_mb_to_its_base(image: dict[str, Any]) -> None:
+    added = image["Size"] - inspect("image", BASE)["Size"]
+    assert 0 < added < 60_000_000
+
+
+def test_image_holds_the_service_and_no_test_cache_or_secret(image: dict[str, Any]) -> None:
+    # The base's own files are not ours to judge: so /app and /venv, and the places where a build leaves things.
+    find = ["find", "/app", "/venv", "/root", "/tmp", "/var/tmp", "/home", "-type", "f"]
+    found = run("docker", "run", "--rm", "--user", "0", IMAGE, *find).split()
+    assert {path.removeprefix("/app/") for path in found if path.startswith("/app/")} == FILES
+    assert "/venv/bin/gunicorn" in found
+    unwanted = re.compile(r"test_|_test\.py|/tests?/|/\.cache/|/\.env|site-packages/pip/|^/tmp/|^/var/tmp/|\.whl$")
+    assert [path for path in found if unwanted.search(path)] == []
+    texts = run("docker", "run", "--rm", "--user", "0", IMAGE, "sh", "-c", f"grep -rl {SECRET} /app /venv /root; true")
+    assert texts == ""
+
+
+def test_image_says_what_it_is(image: dict[str, Any]) -> None:
+    labels = image["Config"]["Labels"]
+    assert labels["org.opencontainers.image.version"] == VERSION
+    assert labels["org.opencontainers.image.licenses"] == "MIT"
+    assert image["Config"]["User"] == "10001:10001"
+    assert set(image["Config"]["ExposedPorts"]) == {"8080/tcp", "8081/tcp"}
+
+
+def test_image_holds_time_zones_of_its_own(image: dict[str, Any]) -> None:
+    environment = ["--env", "TZ=Asia/Kathmandu", "--env", "PYTHONTZPATH="]
+    command = ["python", "-c", "import hello; print(hello.ZONE)"]
+    assert run("docker", "run", "--rm", *environment, IMAGE, *command).strip() == "Asia/Kathmandu"
+
+
+def test_edit_of_hello_py_installs_nothing_again(clone: Path, image: dict[str, Any]) -> None:
+    folder = clone.with_name("edited")
+    shutil.copytree(clone, folder)
+    with (folder / "hello.py").open("a") as source:
+        source.write("# edited\n")
+    try:
+        output = run("make", "build", folder=folder, VERSION=f"{VERSION}-edited", BUILDKIT_PROGRESS="plain")
+        assert inspect("image", f"hello:{VERSION}-edited")["RootFS"] != image["RootFS"]
+        step = re.search(r"^#(\d+) .*RUN python -m pip", output, re.MULTILINE)[1]
+        assert f"#{step} CACHED" in output
+    finally:
+        run("docker", "image", "rm", "--force", f"hello:{VERSION}-edited")
+
+
+# --- One hardened container -------------------------------------------------------------------------
+
+
+def test_hardened_container_becomes_healthy_and_answers(container: str) -> None:
+    wait_until(lambda: inspect("container", container)["State"]["Health"]["Status"] == "healthy")
+    port = int(inspect("container", container)["NetworkSettings"]["Ports"]["8080/tcp"][0]["HostPort"])
+    assert ask(port, "GET", "/livez")[0] == 200
+    assert ask(port, "GET", "/readyz")[0] == 503
+    assert ask(port, "GET", "/metrics")[0] == 404
+
+
+def test_hardened_container_runs_as_nobody_in_particular(container: str) -> None:
+    status = run("docker", "exec", container, "sh", "-c", "cat /proc/[0-9]*/status")
+    assert set(re.findall(r"^Uid:\t(.*)", status, re.MULTILINE)) == {"10001\t10001\t10001\t10001"}
+    assert set(re.findall(r"^CapEff:\t(.*)", status, re.MULTILINE)) == {"0000000000000000"}
+    assert set(re.findall(r"^NoNewPrivs:\t(.*)", status, re.MULTILINE)) == {"1"}
+    assert run("docker", "diff", container) == ""
+
+
+def test_metrics_are_served_to_other_containers(container: str) -> None:
+    address = inspect("container", container)["NetworkSettings"]["IPAddress"]
+    fetch = f"import urllib.request as u; print(u.urlopen('http://{address}:8081/metrics', timeout=5).read().decode())"
+    assert "hello_build_info" in run("docker", "run", "--rm", IMAGE, "python", "-c", fetch)
+
+
+def test_health_check_fails_where_nothing_answers(image: dict[str, Any], container: str) -> None:
+    check = image["Config"]["Healthcheck"]["Test"]
+    assert check[0] == "CMD"
+    run("docker", "exec", container, *check[1:])
+    command = ["docker", "exec", "--env", "PORT=8099", container, *check[1:]]
+    elsewhere = subprocess.run(command, check=False, capture_output=True)
+    assert elsewhere.returncode == 1
+
+
+# --- The composed system ----------------------------------------------------------------------------
+
+
+def test_put_and_get_on_the_published_port_reach_the_database(system: System) -> None:
+    assert ask(system.port, "PUT", "/hello/Zoe", '{"dateOfBirth": "1990-05-17"}') == (204, b"")
+    assert system.sql("SELECT date_of_birth FROM users WHERE username = 'Zoe'") == "1990-05-17"
+    status, content = ask(system.port, "GET", "/hello/Zoe")
+    assert status == 200
+    assert re.fullmatch(
+        r"Hello, Zoe! (Happy birthday!|Your birthday is in \d+ day\(s\))", json.loads(content)["message"]
+    )
+
+
+def test_compose_up_says_how_to_use_it_and_warns_of_the_password(system: System) -> None:
+    assert f"curl http://127.0.0.1:{system.port}/hello/Zoe" in system.output
+    assert "WARNING: the database has the development password" in system.output
+
+
+def test_development_password_is_that_of_env_example(system: System) -> None:
+    [password] = re.findall(r"^PGPASSWORD=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE)
+    services = json.loads(system.compose("config", "--format", "json"))["services"]
+    assert services["database"]["environment"]["POSTGRES_PASSWORD"] == password
+    assert services["api"]["environment"]["PGPASSWORD"] == password
+
+
+def test_only_the_service_is_published(system: System) -> None:
+    ports = {}
+    for name in system.compose("ps", "--quiet").split():
+        found = inspect("container", name)
+        ports[found["Config"]["Labels"]["com.docker.compose.service"]] = {
+            port for port, addresses in found["NetworkSettings"]["Ports"].items() if addresses
+        }
+    assert ports == {"api": {"8080/tcp"}, "database": set()}
+
+
+def test_services_are_hardened_bounded_and_restarted(system: System) -> None:
+    for service in ("api", "database"):
+        host = inspect("container", system.compose("ps", "--quiet", service).strip())["HostConfig"]
+        assert host["CapDrop"] == ["ALL"]
+        assert host["SecurityOpt"] == ["no-new-privileges"]
+        assert host["Memory"] > 0
+        assert host["PidsLimit"] > 0
+        assert host["RestartPolicy"]["Name"] == "unless-stopped"
+        assert host["ReadonlyRootfs"] == (service == "api")
+
+
+def test_service_is_no_superuser_of_the_database(system: System) -> None:
+    assert system.sql("SELECT rolname, rolsuper FROM pg_roles WHERE rolcanlogin ORDER BY 1") == "hello|f\npostgres|t"
+    assert system.sql("SELECT usename FROM pg_stat_activity WHERE application_name = 'hello' LIMIT 1") == "hello"
+    login = "import psycopg2; psycopg2.connect(user='postgres')"
+    command = ["docker", "compose", "exec", "-T", "api", "python", "-c", login]
+    environment = ENVIRONMENT | {"COMPOSE_PROJECT_NAME": PROJECT, "VERSION": VERSION}
+    tried = subprocess.run(command, cwd=system.folder, env=environment, check=False, capture_output=True, text=True)
+    assert "password authentication failed" in tried.stderr
+
+
+def test_data_survives_down_and_up(system: System) -> None:
+    assert ask(system.port, "PUT", "/hello/Kept", '{"dateOfBirth": "1970-01-01"}')[0] == 204
+    before = system.compose("ps", "--quiet").split()
+    system.make("compose-restart")
+    assert not set(before) & set(system.compose("ps", "--quiet").split())
+    assert ask(system.port, "GET", "/hello/Kept")[0] == 200
+    assert system.sql("SELECT date_of_birth FROM users WHERE username = 'Kept'") == "1970-01-01"
+
+
+# Twenty clients, each over one connection after the other, until nobody accepts any more.
+CLIENT = """
+import http.client, json, socket, sys, threading
+
+address, acknowledged, dropped = socket.gethostbyname("api"), [], []
+
+def client(number):
+    connection = None
+    for count in range(1_000_000):
+        name = "Load" + "".join(chr(97 + int(digit)) for digit in f"{number:02}{count}")
+        if connection is None:
+            connection = http.client.HTTPConnection(address, 8080, timeout=10)
+            connection.auto_open = False
+            connection.timeout = 1
+            try:
+                connection.connect()
+            except OSError:
+                return
+            connection.sock.settimeout(10)
+        try:
+            connection.request("PUT", "/hello/" + name, '{"dateOfBirth": "1990-05-17"}')
+            response = connection.getresponse()
+            response.read()
+        except (OSError, http.client.HTTPException) as error:
+            dropped.append(repr(error))
+            connection = None
+            continue
+        if response.status == 204:
+            acknowledged.append(name)
+        else:
+            dropped.append(response.status)
+        if response.will_close:
+            connection = None
+
+threads = [threading.Thread(target=client, args=(number,)) for number in range(20)]
+for thread in threads:
+    thread.start()
+while len(acknowledged) < 1000:
+    threads[0].join(0.01)
+print("loaded", flush=True)
+for thread in threads:
+    thread.join()
+print(json.dumps({"acknowledged": acknowledged, "dropped": dropped}))
+"""
+
+
+def test_stop_under_load_drops_nothing_and_loses_nothing(system: System) -> None:
+    api = system.compose("ps", "--quiet", "api").strip()
+    command = ["docker", "run", "--rm", "--network", f"{PROJECT}_default", IMAGE, "python", "-c", CLIENT]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
+        assert client.stdout.readline() == "loaded\n"
+        start = time.monotonic()
+        run("docker", "stop", api)
+        seconds = time.monotonic() - start
+        outcome = json.loads(client.communicate(timeout=30)[0])
+    saved = set(system.sql("SELECT username FROM users WHERE username LIKE 'Load%'").split())
+    system.compose("start", "api")
+    assert inspect("container", api)["State"]["ExitCode"] == 0
+    assert seconds < 9.5
+    assert outcome["dropped"] == []
+    assert len(outcome["acknowledged"]) >= 1000
+    assert set(outcome["acknowledged"]) <= saved
+
+
+# --- The composed system with secrets ---------------------------------------------------------------
+
+
+def test_password_in_a_file_is_used_and_in_no_environment(system_with_secrets: System) -> None:
+    assert ask(system_with_secrets.port, "PUT", "/hello/Zoe", '{"dateOfBirth": "1990-05-17"}')[0] == 204
+    assert system_with_secrets.sql("SELECT date_of_birth FROM users") == "1990-05-17"
+    for name in system_with_secrets.compose("ps", "--all", "--quiet").split():
+        environment = inspect("container", name)["Config"]["Env"]
+        passwords = [setting for setting in environment if setting.startswith(("PGPASSWORD=", "POSTGRES_PASSWORD="))]
+        assert set(passwords) <= {"PGPASSWORD=", "POSTGRES_PASSWORD="}
+        assert SECRET not in str(environment)
+    assert "WARNING" not in system_with_secrets.output
+
+
+def test_env_wins_over_env_example(system_with_secrets: System) -> None:
+    assert system_with_secrets.compose("exec", "-T", "api", "printenv", "TZ").strip() == "Asia/Kathmandu"
