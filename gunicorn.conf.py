@@ -94,6 +94,7 @@ def pre_fork(server: Any, worker: Any) -> None:
 def post_worker_init(worker: Any) -> None:
     """Put telemetry around the application, and its log line in the place of gevent's traceback."""
     import gevent  # here, and not above: the master must not
+
     import hello
     import telemetry
 
