@@ -36,7 +36,8 @@ OLDEST, NEWEST = "1.30", kubernetes_validate.latest_version()
 RECOMMENDED = {"name", "instance", "version", "component", "part-of", "managed-by"}
 STABLE = {"name", "instance", "component"}
 PASSWORDS = ["hello-database-development", "hello-database-password"]  # the later one wins
-MADE_ELSEWHERE = {"ConfigMap/hello-api-override", "Secret/hello-database-password"}  # by ha/ or by you, by secret.sh
+# By you or ha/, by you, by secret.sh.
+MADE_ELSEWHERE = {"ConfigMap/hello-api-override", "ConfigMap/hello-database-ca", "Secret/hello-database-password"}
 RESERVED_CONNECTIONS = 3  # Postgres' superuser_reserved_connections
 BACKEND_MIB = 2.5  # a connection that has run both statements: 1.7 MiB of its own, and its page tables
 STOP_MARGIN = 2  # seconds for gunicorn's master to end after its workers
@@ -241,8 +242,10 @@ def references(objects: list[Object]) -> Iterator[str]:
         for claim in get(objects, owner)["spec"].get("volumeClaimTemplates", []):
             volumes[claim["metadata"]["name"]] = claim
         for volume in volumes.values():
-            if "configMap" in volume and f"ConfigMap/{volume['configMap']['name']}" not in there:
-                yield f"{owner}: no ConfigMap {volume['configMap']['name']}"
+            if reference := volume.get("configMap"):
+                name = f"ConfigMap/{reference['name']}"
+                if reference.get("optional", False) != (name in MADE_ELSEWHERE) or name not in there | MADE_ELSEWHERE:
+                    yield f"{owner}: {name} is neither here nor made elsewhere"
         for item in containers(spec):
             for mount in item["volumeMounts"]:
                 if mount["name"] not in volumes:
@@ -551,6 +554,7 @@ BROKEN: list[tuple[str, str, str, Any]] = [
     ("references", DEPLOYMENT, f"{BOX}.envFrom.2.secretRef.optional", True),
     ("references", DEPLOYMENT, f"{BOX}.volumeMounts.0.name", "temporary"),
     ("references", STATEFUL_SET, f"{POD}.volumes.0.configMap.name", "hello"),
+    ("references", DEPLOYMENT, f"{POD}.volumes.1.configMap.optional", GONE),
     ("references", STATEFUL_SET, "spec.serviceName", "hello-db"),
     ("references", "Ingress/hello-api", "spec.rules.0.http.paths.0.backend.service.name", "hello"),
     ("references", SCALER, "spec.scaleTargetRef.name", "hello"),
@@ -1062,9 +1066,11 @@ class Pod:
             elif "configMap" in volume:
                 source = self.folder / volume["configMap"]["name"]
                 source.mkdir(exist_ok=True)
-                for name, text in get(self.objects, f"ConfigMap/{source.name}")["data"].items():
-                    (source / name).write_text(text)
-                    (source / name).chmod(0o644)
+                for item in self.objects:
+                    if title(item) == f"ConfigMap/{source.name}":
+                        for name, text in item["data"].items():
+                            (source / name).write_text(text)
+                            (source / name).chmod(0o644)
                 result += ["--volume", f"{source}:{path}:ro"]
             else:
                 result += ["--volume", f"{self.claims[mount['name']]}:{path}"]
