@@ -14,7 +14,6 @@ gunicorn's master imports this module before its workers make the standard libra
 library which waits is imported by name, and neither is hello.
 """
 
-import atexit
 import contextlib
 import json
 import logging
@@ -138,7 +137,6 @@ class RequestLog:
         self.has_entries = threading.Event()
         self.line = text_line if LOG_FORMAT == "text" else json_line
         threading.Thread(target=self.flush_now_and_then, daemon=True).start()
-        atexit.register(self.flush)
 
     def add(self, entry: Entry) -> None:
         """Write an entry's line within FLUSH_SECONDS."""

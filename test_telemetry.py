@@ -49,16 +49,19 @@ def wait_until(condition: Callable[[], Any], seconds: float = 10) -> Any:
 class Service:
     """A gunicorn with three workers, its output in files, and a client that counts what it is answered."""
 
-    def __init__(self, folder: Path, port: int, **settings: str) -> None:
+    def __init__(self, folder: Path, port: int, reader: str = "exec cat", **settings: str) -> None:
         self.port, self.metrics_port = port, port + 1
         self.output, self.errors = folder / "stdout", folder / "stderr"
         self.answers: Counter[tuple[str, str, str]] = Counter()
         environment = {"PORT": str(port), "METRICS_PORT": str(self.metrics_port), "WEB_CONCURRENCY": "3"}
         command = [sys.executable, "-m", "gunicorn", "hello:application"]
         with self.output.open("wb") as output, self.errors.open("wb") as errors:
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, env=os.environ | environment | settings, stdout=output, stderr=errors
-            )
+            pipe = subprocess.Popen(["sh", "-c", reader], stdin=subprocess.PIPE, stdout=output)
+            with pipe.stdin:
+                self.process = subprocess.Popen(
+                    command, cwd=ROOT, env=os.environ | environment | settings, stdout=pipe.stdin, stderr=errors
+                )
+        self.reader = pipe
         wait_until(self.is_up)
 
     def is_up(self) -> bool:
@@ -105,6 +108,7 @@ class Service:
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait()
+        self.reader.wait()
 
 
 @contextlib.contextmanager
@@ -211,6 +215,8 @@ def test_metrics_after_deaths_count_the_living_workers_and_keep_no_files_of_the_
         wait_until(lambda: service.metrics()["hello_workers"] == {(): 3})
     assert service.metrics()["hello_worker_starts_total"] == {(): 5}
     assert sorted(folder.iterdir()) == files
+    service.process.send_signal(signal.SIGTTOU)  # one worker less, for good
+    wait_until(lambda: service.metrics()["hello_workers"] == {(): 2})
     service.stop()
     assert not folder.exists()
 
@@ -342,8 +348,10 @@ def test_lines_of_the_last_moment_are_written_when_it_stops(service: Service) ->
     assert len(service.lines()) == 1
 
 
-def test_lines_of_several_workers_do_not_mix(service: Service) -> None:
-    work(service)
+def test_lines_of_several_workers_do_not_mix_in_a_full_pipe(schema: None, tmp_path: Path) -> None:
+    with serving(tmp_path, reader="sleep 3; exec cat") as service:
+        work(service)
+    assert len(service.output.read_bytes()) > 65536
     probes = sum(number for (_, route, _), number in service.answers.items() if route in telemetry.PROBES)
     assert len(service.lines()) == service.answers.total() - probes
     assert len({line["request_id"] for line in service.lines()}) == len(service.lines())
@@ -366,17 +374,17 @@ def test_text_format_is_for_reading(schema: None, tmp_path: Path) -> None:
 def test_a_reader_that_went_away_does_not_stop_the_service(schema: None, tmp_path: Path) -> None:
     reading, writing = os.pipe()
     command = [sys.executable, "-m", "gunicorn", "hello:application"]
-    environment = os.environ | {"PORT": str(PORT), "METRICS_PORT": str(PORT + 1)}
+    environment = os.environ | {"PORT": str(PORT), "METRICS_PORT": str(PORT + 1), "WEB_CONCURRENCY": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=writing, stderr=subprocess.DEVNULL)
     os.close(writing)
     try:
         assert embedded.wait_for_port(process, PORT)
         os.close(reading)
-        for _ in range(5):
+        for number in range(2 * telemetry.FLUSH_ENTRIES):
             with pytest.raises(urllib.error.HTTPError) as refused:
                 urllib.request.urlopen(f"http://127.0.0.1:{PORT}/hello/Nobody", timeout=5)
             assert refused.value.code == 404
-            time.sleep(2 * telemetry.FLUSH_SECONDS)
+            time.sleep(2 * telemetry.FLUSH_SECONDS if number == 0 else 0)
     finally:
         process.terminate()
         process.wait()
