@@ -12,6 +12,7 @@ telemetry.py.
 import os
 import resource
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from typing import Any
 bind = [f"0.0.0.0:{os.environ.get('PORT') or 8080}"]
 # A port of its own, so that metrics can be kept from those who may use the service.
 metrics_port = os.environ.get("METRICS_PORT") or "8081"
+if not metrics_port.isdecimal() or not 0 <= int(metrics_port) <= 65535:
+    sys.exit(f"METRICS_PORT={metrics_port!r} is no port: use a number up to 65535, or 0 for none")
 if metrics_port != "0":
     bind.append(f"{os.environ.get('METRICS_HOST') or '127.0.0.1'}:{metrics_port}")
 
@@ -59,6 +62,13 @@ chdir = str(Path(__file__).parent)
 
 # --- Logs and metrics (telemetry.py) ----------------------------------------------------------------
 
+for name, choices in {
+    "LOG_LEVEL": ("debug", "info", "warning", "error", "critical"),
+    "LOG_FORMAT": ("json", "text"),
+    "TELEMETRY": ("on", "off"),
+}.items():
+    if os.environ.get(name) and os.environ[name] not in choices:
+        sys.exit(f"{name}={os.environ[name]!r} is none of {', '.join(choices)}")
 loglevel = os.environ.get("LOG_LEVEL") or "info"
 logconfig_dict = {
     "version": 1,

@@ -371,6 +371,20 @@ def test_text_format_is_for_reading(schema: None, tmp_path: Path) -> None:
         assert re.fullmatch(rf"{TIME.pattern} info     GET {HELLO} 404 [\d.]+ ms, \d+ bytes, order-66", line)
 
 
+@pytest.mark.parametrize(
+    "setting", ["LOG_LEVEL=loud", "LOG_FORMAT=xml", "TELEMETRY=maybe", "METRICS_PORT=http", "METRICS_PORT=65536"]
+)
+def test_a_setting_that_is_none_stops_the_start_with_one_line(setting: str) -> None:
+    name, value = setting.split("=")
+    command = [sys.executable, "-m", "gunicorn", "--check-config", "hello:application"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {name: value}, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"{name}={value!r} is n")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_reader_that_went_away_does_not_stop_the_service(schema: None, tmp_path: Path) -> None:
     reading, writing = os.pipe()
     command = [sys.executable, "-m", "gunicorn", "hello:application"]
