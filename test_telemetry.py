@@ -445,6 +445,21 @@ def test_an_exception_is_logged_by_its_class_and_place_only() -> None:
     assert "Quetzalcoatl" not in str(line)
 
 
+def test_an_exception_that_nothing_caught_is_logged_without_its_text() -> None:
+    program = """if True:
+        import gevent, logging, sys, telemetry
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(telemetry.Formatter())
+        telemetry.LOG.addHandler(handler)
+        gevent.get_hub().print_exception = telemetry.log_defect
+        gevent.spawn(int, "Quetzalcoatl").join()
+    """
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert json.loads(done.stdout)["message"] == "uncaught exception"
+    assert "Quetzalcoatl" not in done.stdout + done.stderr
+    assert json.loads(done.stdout)["exception"].startswith("ValueError")
+
+
 # --- Identity of a request --------------------------------------------------------------------------
 
 
