@@ -68,14 +68,14 @@ def draw_aws(filename: str) -> None:
     options = {"show": False, "outformat": "svg", "direction": "LR", "filename": filename}
     with Diagram("", graph_attr=GRAPH, node_attr={**FONT, "imagepos": "tc"}, **options):
         users = Users("clients")
-        dns = Route53("Route 53\nhealth check")
+        dns = Route53("Route 53")
         with Cluster("one AWS region", graph_attr=BOX):
             with Cluster("public subnets, three zones", graph_attr=ZONE):
                 certificate = CertificateManager("certificate")
                 waf = WAF("WAF\nrate limits")
                 balancer = ALB("load balancer\nends TLS")
             with Cluster("EKS, private subnets, three zones", graph_attr=BOX):
-                scaler = HPA("2 to 10 pods,\nKarpenter: nodes")
+                scaler = HPA("3 to 10 pods,\nKarpenter: nodes")
                 pods = []
                 for zone in "bac":  # Graphviz puts the second one first
                     with Cluster(f"zone {zone}", graph_attr=ZONE):
