@@ -245,7 +245,7 @@ class Telemetry:
             self.add_series(method, service.HELLO, status)
         for status in ("200", "503"):
             self.add_series("GET", "/readyz", status)
-        for name in ("OperationalError", "TimeoutError"):
+        for name in ("OperationalError", "QueryCanceled", "TimeoutError"):
             self.errors.labels(name)
         service.observe = self.observe
         threading.Thread(target=self.sample, daemon=True).start()
