@@ -14,10 +14,11 @@ from http import HTTPStatus
 from typing import Any
 
 import gevent
+from gevent.server import StreamServer
 from gunicorn.http import RequestParser, errors
 from gunicorn.http.message import Request
 from gunicorn.http.wsgi import Response, create
-from gunicorn.workers.ggevent import GeventWorker
+from gunicorn.workers import ggevent
 
 KEEPALIVE_TIMEOUT = float(os.environ.get("KEEPALIVE_TIMEOUT") or 75)
 HEAD_TIMEOUT = float(os.environ.get("HEAD_TIMEOUT") or 10)
@@ -44,7 +45,19 @@ class OneSend(Response):
         return "".join([*lines, "\r\n"]).encode("latin-1") + content
 
 
-class Worker(GeventWorker):
+class Server(StreamServer):
+    """A server that, when it closes, first takes in those whom the kernel has let in: it would reset them."""
+
+    def close(self) -> None:
+        while self.started and not self.full() and (arrival := self.do_read()):
+            self.do_handle(*arrival)
+        super().close()
+
+
+ggevent.StreamServer = Server  # which gunicorn's worker makes one of for each listening socket
+
+
+class Worker(ggevent.GeventWorker):
     """Serve keep-alive connections, one greenlet each."""
 
     def init_process(self) -> None:
@@ -70,14 +83,14 @@ class Worker(GeventWorker):
         """Serve one connection until either side has had enough."""
         try:
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.converse(listener.getsockname(), client, addr)
+            self.converse(client.getsockname(), client, addr)
             self.close_gently(client)
         except (OSError, errors.NoMoreData):
             pass  # the client went away
         finally:
             client.close()
 
-    def converse(self, listener_name: Any, client: Any, addr: Any) -> None:
+    def converse(self, name: Any, client: Any, addr: Any) -> None:
         """Read requests and answer them, one after the other."""
         parser = RequestParser(self.cfg, client, addr)
         try:
@@ -85,7 +98,7 @@ class Worker(GeventWorker):
                 parser.unreader.unread(data)
                 with gevent.Timeout(HEAD_TIMEOUT):
                     request = next(parser)
-                if not self.answer(request, client, addr, listener_name):
+                if not self.answer(request, client, addr, name):
                     return
         except StopIteration:
             pass
@@ -94,20 +107,21 @@ class Worker(GeventWorker):
 
     def wait_idle(self, client: Any) -> bytes:
         """Return the first bytes of the next request, none where none come."""
-        self.idle.add(client)
+        if self.alive:
+            self.idle.add(client)
         try:
-            with gevent.Timeout(KEEPALIVE_TIMEOUT, False):
+            with gevent.Timeout(KEEPALIVE_TIMEOUT if self.alive else DRAIN_SECONDS, False):
                 return client.recv(8192)
         finally:
             self.idle.discard(client)
         return b""
 
-    def answer(self, request: Request, client: Any, addr: Any, listener_name: Any) -> bool:
+    def answer(self, request: Request, client: Any, addr: Any, name: Any) -> bool:
         """Answer a request; return whether the connection can go on."""
         if request.version >= (1, 1) and not any(name == "HOST" for name, _ in request.headers):
             raise errors.InvalidHeader("Host")
         with gevent.Timeout(CONTENT_TIMEOUT):
-            response, environ = create(request, client, addr, listener_name, self.cfg, response_class=OneSend)
+            response, environ = create(request, client, addr, name, self.cfg, response_class=OneSend)
             received = request.body.read(MAX_CONTENT_BYTES + 1)
         environ["wsgi.multithread"] = True
         environ["wsgi.input"] = io.BytesIO(received)
