@@ -63,7 +63,7 @@ compose-up: build ## Serve on PORT (8080) from containers, with a Postgres whose
 	echo 'See it work: docker compose logs --follow api. Stop it: make compose-down.'
 	@if $(COMPOSE) config | grep -q 'POSTGRES_PASSWORD: for-development-only$$'; then \
 		echo 'WARNING: the database has the development password, which everybody can read in .env.example.' >&2; \
-		echo 'Write PGPASSWORD=... into .env before you keep anything here that matters.' >&2; fi
+		echo 'Before you keep anything here that matters, give it one of your own: README.md, "Passwords".' >&2; fi
 
 .PHONY: compose-down
 compose-down: engine ## Stop and remove the containers; the data stays
@@ -77,7 +77,7 @@ clean: ## Remove what make made, but no data; with WITH_DATA=yes that of `make r
 	@if [ '$(WITH_DATA)' = yes ] && [ -e $(DATA)/data/postmaster.pid ]; then \
 		echo '`make run` uses $(DATA): stop it first.' >&2; exit 1; fi
 	@if docker info >/dev/null 2>&1; then $(COMPOSE) down --remove-orphans $(if $(filter yes,$(WITH_DATA)),--volumes); \
-		docker image rm --force hello:$(VERSION) >/dev/null; fi
+		docker image rm --force hello:$(VERSION) >/dev/null 2>&1; fi
 	@rm -rf $(patsubst %/pyvenv.cfg,%,$(wildcard $(VENV)/pyvenv.cfg)) __pycache__ .hypothesis .pytest_cache .ruff_cache
 	@if [ '$(WITH_DATA)' = yes ]; then rm -rf $(patsubst %/data,%,$(wildcard $(DATA)/data)); \
 		else echo 'Kept: $(DATA) and the volume hello_data. `make clean WITH_DATA=yes` removes them.'; fi

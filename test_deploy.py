@@ -180,6 +180,13 @@ def test_image_holds_the_service_and_no_test_cache_or_secret(image: dict[str, An
     assert texts == ""
 
 
+def test_build_context_holds_only_what_the_image_needs(clone: Path, tmp_path: Path) -> None:
+    (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY . /\n")
+    options = ["--file", str(tmp_path / "Dockerfile"), "--output", f"type=local,dest={tmp_path / 'context'}"]
+    run("docker", "build", *options, str(clone), DOCKER_BUILDKIT="1")
+    assert {path.name for path in (tmp_path / "context").rglob("*")} == FILES | {"requirements.txt"}
+
+
 def test_image_says_what_it_is(image: dict[str, Any]) -> None:
     labels = image["Config"]["Labels"]
     assert labels["org.opencontainers.image.version"] == VERSION
@@ -382,7 +389,7 @@ def test_password_in_a_file_is_used_and_in_no_environment(system_with_secrets: S
         passwords = [setting for setting in environment if setting.startswith(("PGPASSWORD=", "POSTGRES_PASSWORD="))]
         assert set(passwords) <= {"PGPASSWORD=", "POSTGRES_PASSWORD="}
         assert SECRET not in str(environment)
-    assert "WARNING" not in system_with_secrets.output
+    assert "development password" not in system_with_secrets.output
 
 
 def test_env_wins_over_env_example(system_with_secrets: System) -> None:
