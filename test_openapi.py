@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
+import hypothesis
 import jsonschema_rs
 import openapi_spec_validator
 import pytest
 import schemathesis
 import yaml
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import embedded
@@ -296,8 +297,8 @@ def test_pattern_of_a_username_takes_the_same_characters_as_the_code() -> None:
 LETTERS_AND_MARKS = st.text(st.characters(categories=["L", "Mn", "Mc"]), min_size=200, max_size=256)
 
 
-@example("a" * 255)
-@example("a" * 256)
+@hypothesis.example("a" * 255)
+@hypothesis.example("a" * 256)
 @given(LETTERS_AND_MARKS | st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=10))
 @settings(max_examples=300, deadline=None)
 def test_name_that_fits_the_schema_is_accepted_and_another_only_for_its_marks(name: str) -> None:
