@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any, Self
@@ -230,10 +230,14 @@ class Service:
     Args:
         folder: where its log goes.
         environment: what reaches its database.
+        prefix: a command that runs it in some other way.
         settings: of hello, worker and gunicorn.conf, such as `HEAD_TIMEOUT="1"`.
     """
 
-    def __init__(self, folder: Path, environment: dict[str, str], **settings: str) -> None:
+    def __init__(
+        self, folder: Path, environment: dict[str, str], *, prefix: Sequence[str] = (), **settings: str
+    ) -> None:
+        self.prefix = prefix
         self.port = free_port()
         self.name = f"hello-{self.port}"  # of its connections in the database
         self.log = folder / f"{self.name}.log"
@@ -242,7 +246,7 @@ class Service:
         self.environment = os.environ | environment | own | settings
 
     def __enter__(self) -> Self:
-        command = [Path(sys.executable).with_name("gunicorn"), "hello:application"]
+        command = [*self.prefix, Path(sys.executable).with_name("gunicorn"), "hello:application"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=log, stderr=log)
         assert embedded.wait_for_port(self.process, self.port), self.log.read_text()
