@@ -40,6 +40,7 @@ PASSWORDS = ["hello-database-development", "hello-database-password"]  # the lat
 MADE_ELSEWHERE = {"ConfigMap/hello-api-override", "ConfigMap/hello-database-ca", "Secret/hello-database-password"}
 RESERVED_CONNECTIONS = 3  # Postgres' superuser_reserved_connections
 BACKEND_MIB = 2.5  # a connection that has run both statements: 1.7 MiB of its own, and its page tables
+PATIENCE = 60  # seconds in which a container must start here
 STOP_MARGIN = 2  # seconds for gunicorn's master to end after its workers
 
 Object = dict[str, Any]
@@ -1082,14 +1083,14 @@ class Pod:
         if command := container.get("command"):
             arguments += ["--entrypoint", command[0]]
         words = container.get("command", [])[1:] + container.get("args", [])
-        return docker("run", *arguments, container["image"], *words)
+        return docker("run", *arguments, container["image"], *words, timeout=PATIENCE)
 
     def start(self, alias: str, *options: str) -> None:
         """Do what the kubelet does to start a pod, up to its readiness."""
         for volume in self.claims.values():
             own_fs_group(self.pod, volume, self.pod["containers"][0]["image"])
         for container in self.pod.get("initContainers", []):
-            done = self.run(container, "--rm")
+            done = self.run(container, "--rm", "--name", f"{self.name}-init")
             assert done.returncode == 0, done.stderr
         (container,) = self.pod["containers"]
         done = self.run(container, "--detach", "--name", self.name, "--network-alias", alias, *options)
@@ -1098,10 +1099,12 @@ class Pod:
             self.wait(probe)
 
     def wait(self, probe: Object) -> None:
-        """Ask a probe until it succeeds; fail where the kubelet would give up."""
-        deadline = time.monotonic() + probe.get("periodSeconds", 10) * probe.get("failureThreshold", 3)
+        """Ask a probe until it succeeds; fail where the kubelet would give up, or nobody here would wait any longer."""
+        patience = probe.get("periodSeconds", 10) * probe.get("failureThreshold", 3)
+        deadline = time.monotonic() + min(patience, PATIENCE)
         while not self.succeeds(probe):
-            assert time.monotonic() < deadline, docker("logs", self.name).stderr
+            running = docker("inspect", "--format", "{{.State.Running}}", self.name).stdout.strip()
+            assert running == "true" and time.monotonic() < deadline, docker("logs", self.name).stderr
             time.sleep(0.2)
 
     def succeeds(self, probe: Object) -> bool:
@@ -1161,7 +1164,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pod, Pod
         service.start("hello-api", "--publish", "127.0.0.1::8080", "--publish", "127.0.0.1::8081")
         yield store, service
     finally:
-        docker("rm", "--force", "--volumes", store.name, service.name)
+        docker("rm", "--force", "--volumes", store.name, service.name, f"{service.name}-init")
         docker("volume", "rm", f"{prefix}-data")
         docker("network", "rm", prefix)
 
@@ -1193,8 +1196,7 @@ def test_metrics_are_on_their_port_only(running: tuple[Pod, Pod]) -> None:
 @pytest.mark.parametrize("place", [0, 1], ids=["database", "api"])
 def test_container_may_write_only_where_it_must(running: tuple[Pod, Pod], place: int) -> None:
     pod = running[place]
-    for folder in ("/", "/app", "/etc", "/usr/local/bin", "/var/lib"):
-        assert docker("exec", pod.name, "sh", "-c", f"test ! -d {folder} || ! touch {folder}/file").returncode == 0
+    assert re.search(r"(?m)^\S+ / \S+ ro,", docker("exec", pod.name, "cat", "/proc/mounts").stdout)
     assert docker("exec", pod.name, "sh", "-c", "touch /tmp/file").returncode == 0
     status = docker("exec", pod.name, "cat", "/proc/1/status").stdout
     assert re.search(r"CapEff:\t0+\n", status) and re.search(r"NoNewPrivs:\t1\n", status)
