@@ -6,7 +6,8 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 VENV ?= .venv
 # Where the embedded Postgres of `make run` keeps its data
 DATA ?= .postgres
-# What `make test` gives to pytest: `make test ARGS='-k birthday'`
+# What `make test` gives to pytest, and `make bench` to bench/run.py: `make test ARGS='-k birthday'`,
+# `make bench ARGS='--rounds 2 --only hello,fastapi'`
 ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -36,8 +37,14 @@ format: $(VENV)/dev ## Put the code into the format that `make lint` checks
 
 .PHONY: lock
 lock: $(VENV)/dev ## Pin the newest dependencies, with hashes, in requirements*.txt
-	@for name in requirements requirements-run requirements-dev; do $(VENV)/bin/uv pip compile --quiet --upgrade \
+	@for name in requirements requirements-run requirements-dev bench/requirements; do $(VENV)/bin/uv pip compile --quiet --upgrade \
 		--universal --python-version 3.11 --generate-hashes --no-header $$name.in -o $$name.txt >/dev/null; done
+
+.PHONY: audit
+audit: $(VENV)/dev ## Look the pinned dependencies up among the known vulnerabilities, where pypi.org can be reached
+	@if $(VENV)/bin/python -c 'import urllib.request as u; u.urlopen("https://pypi.org/pypi/pip/json", timeout=5)' 2>/dev/null; \
+	then $(VENV)/bin/uv tool run --quiet pip-audit@2.10.1 --disable-pip --require-hashes -r requirements-dev.txt; \
+	else echo 'pypi.org cannot be reached: nothing was checked'; fi
 
 # The image's version, which is its tag
 VERSION ?= 1.0.0
@@ -81,6 +88,23 @@ clean: ## Remove what make made, but no data; with WITH_DATA=yes that of `make r
 	@rm -rf $(patsubst %/pyvenv.cfg,%,$(wildcard $(VENV)/pyvenv.cfg)) __pycache__ .hypothesis .pytest_cache .ruff_cache
 	@if [ '$(WITH_DATA)' = yes ]; then rm -rf $(patsubst %/data,%,$(wildcard $(DATA)/data)); \
 		else echo 'Kept: $(DATA) and the volume hello_data. `make clean WITH_DATA=yes` removes them.'; fi
+
+.PHONY: bench
+bench: $(VENV)/bench/ready ## Measure the service beside its limits and what people would pick instead
+	@$(VENV)/bench/bin/python bench/run.py $(ARGS)
+
+.PHONY: bench-growth
+bench-growth: $(VENV)/bench/ready ## Measure the service with 10 thousand, 1 million and 10 million users
+	@$(VENV)/bench/bin/python bench/run.py --growth $(ARGS)
+
+# A virtual environment of its own: the peers and their dependencies are no business of the tests.
+$(VENV)/bench/ready: bench/requirements.txt | $(VENV)/bin/python
+	@command -v wrk >/dev/null || { apt-get update -qq && apt-get install -y -qq wrk; } >/dev/null 2>&1 || \
+		{ echo 'make bench needs wrk: install it (Debian: apt-get install wrk; macOS: brew install wrk)' >&2; exit 1; }
+	@echo 'Installing what $< pins ...'
+	@$(VENV)/bin/python -m venv $(VENV)/bench
+	@$(VENV)/bench/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@touch $@
 
 # The kubectl that the k8s targets use: `make k8s-apply KUBECTL='kubectl --namespace hello'`
 KUBECTL ?= kubectl

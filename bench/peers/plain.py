@@ -1,0 +1,1 @@
+# gunicorn's defaults: only what the command line says
