@@ -191,11 +191,12 @@ def test_name_server_that_is_silent_is_503_within_5_s_and_livez_stays_fast(
 ) -> None:
     if os.geteuid() != 0 or shutil.which("unshare") is None:
         pytest.skip("only root may give a process a resolv.conf of its own; test_hello.py tests the lookup itself")
-    (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.99\noptions timeout:2 attempts:1\n")
+    address = f"127.53.{random.randrange(256)}.{random.randrange(1, 255)}"
+    (tmp_path / "resolv.conf").write_text(f"nameserver {address}\noptions timeout:2 attempts:1\n")
     script = f'mount --bind {tmp_path}/resolv.conf /etc/resolv.conf && exec "$@"'
     environment = database.service_environment | {"PGHOST": "database.example"}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as name_server:
-        name_server.bind(("127.0.0.99", 53))
+        name_server.bind((address, 53))
         with Service(tmp_path, environment, prefix=["unshare", "--mount", "sh", "-c", script, "sh"]) as service:
             puts = [in_thread(service.put, f"Nameless{letters(index)}") for index in range(8)]
             alive = []
