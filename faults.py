@@ -393,6 +393,7 @@ class Load:
         for client in self.clients:
             client.join()
             client.connection.close()
+        self.end = max((moment for moment, _, _ in self.answers), default=self.start)
 
     @property
     def answers(self) -> list[tuple[float, int, float]]:
@@ -420,12 +421,13 @@ class Load:
 
     def outage(self) -> float:
         """Return the longest time in seconds without a success of anybody."""
-        moments = [self.start, *(moment for moment, status, _ in self.answers if status < 300)]
+        moments = [self.start, *(moment for moment, status, _ in self.answers if status < 300), self.end]
         return max(after - before for before, after in itertools.pairwise(moments))
 
     def first_success(self, since: float) -> float:
         """Return the seconds from a moment to the next success."""
-        return min(moment for moment, status, _ in self.answers if status < 300 and moment >= since) - since
+        moments = (moment for moment, status, _ in self.answers if status < 300 and moment >= since)
+        return min(moments, default=float("inf")) - since
 
     def check(self, database: Database) -> tuple[int, list[str]]:
         """Hold the table beside the books: return how many acknowledged writes there are, and whose was lost.
