@@ -57,7 +57,8 @@ PGBENCH = {
 PGBENCH["pgbench-same"] = {
     "GET": "SET LOCAL statement_timeout = 1000 \\; SELECT username, date_of_birth FROM users"
     " WHERE username = ANY(ARRAY['{}']);\n",
-    "PUT": "SET LOCAL statement_timeout = 1000 \\; " + PGBENCH["pgbench"]["PUT"],
+    "PUT": "SET LOCAL statement_timeout = 1000 \\; "
+    + PGBENCH["pgbench"]["PUT"].replace(";", " WHERE clock_timestamp() < to_timestamp(4102444800.5);"),
 }
 PGBENCH_SCRIPTS = 100  # it takes 128
 
