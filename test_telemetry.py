@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client import Histogram, multiprocess, values
 from prometheus_client.parser import text_string_to_metric_families
 
 import embedded
@@ -49,12 +50,14 @@ def wait_until(condition: Callable[[], Any], seconds: float = 10) -> Any:
 class Service:
     """A gunicorn with three workers, its output in files, and a client that counts what it is answered."""
 
-    def __init__(self, folder: Path, port: int, reader: str = "exec cat", **settings: str) -> None:
+    def __init__(
+        self, folder: Path, port: int, reader: str = "exec cat", application: str = "hello:application", **settings: str
+    ) -> None:
         self.port, self.metrics_port = port, port + 1
         self.output, self.errors = folder / "stdout", folder / "stderr"
         self.answers: Counter[tuple[str, str, str]] = Counter()
         environment = {"PORT": str(port), "METRICS_PORT": str(self.metrics_port), "WEB_CONCURRENCY": "3"}
-        command = [sys.executable, "-m", "gunicorn", "hello:application"]
+        command = [sys.executable, "-m", "gunicorn", application]
         with self.output.open("wb") as output, self.errors.open("wb") as errors:
             pipe = subprocess.Popen(["sh", "-c", reader], stdin=subprocess.PIPE, stdout=output)
             with pipe.stdin:
@@ -258,6 +261,24 @@ def test_metrics_of_each_statement_count_its_requests(service: Service) -> None:
     assert service.metrics()["database_query_duration_seconds_count"] == {("find",): 1, ("save",): 3}
 
 
+def test_observer_counts_as_the_library_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    monkeypatch.setattr(values, "ValueClass", values.MultiProcessValue())
+    theirs, ours = (
+        Histogram(name, "Test.", ("a",), registry=None, buckets=telemetry.SECONDS) for name in ("theirs", "ours")
+    )
+    children = theirs.labels("x"), ours.labels("x")
+    observe = telemetry.observer(children[1])
+    for amount in (0, *telemetry.SECONDS, *(bound * 1.1 for bound in telemetry.SECONDS), 7):
+        children[0].observe(amount)
+        observe(amount)
+    found = {metric.name: metric.samples for metric in multiprocess.MultiProcessCollector(None).collect()}
+    assert [(sample.labels, sample.value) for sample in found["ours"]] == [
+        (sample.labels, sample.value) for sample in found["theirs"]
+    ]
+    assert max(sample.value for sample in found["ours"]) == 2 * len(telemetry.SECONDS) + 2
+
+
 def test_metrics_of_odd_methods_and_paths_share_one_name(service: Service) -> None:
     for number in range(5):
         service.call(f"ODD{number}", f"/odd/{number}?odd={number}")
@@ -445,19 +466,20 @@ def test_an_exception_is_logged_by_its_class_and_place_only() -> None:
     assert "Quetzalcoatl" not in str(line)
 
 
-def test_an_exception_that_nothing_caught_is_logged_without_its_text() -> None:
-    program = """if True:
-        import gevent, logging, sys, telemetry
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(telemetry.Formatter())
-        telemetry.LOG.addHandler(handler)
-        gevent.get_hub().print_exception = telemetry.log_defect
-        gevent.spawn(int, "Quetzalcoatl").join()
-    """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True)
-    assert json.loads(done.stdout)["message"] == "uncaught exception"
-    assert "Quetzalcoatl" not in done.stdout + done.stderr
-    assert json.loads(done.stdout)["exception"].startswith("ValueError")
+def test_an_exception_that_nothing_caught_is_logged_without_its_text(schema: None, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("""if True:
+        import hello
+        def application(environ, start_response):
+            if environ["PATH_INFO"] == "/hello/Quetzalcoatl":
+                raise RuntimeError(environ["PATH_INFO"])
+            return hello.application(environ, start_response)
+    """)
+    with serving(tmp_path, application="broken:application", PYTHONPATH=str(tmp_path)) as service:
+        with pytest.raises(http.client.HTTPException):
+            service.call("GET", "/hello/Quetzalcoatl")
+        [line] = service.lines("uncaught")
+        assert re.fullmatch(r"RuntimeError at broken\.py:5 in application", line["exception"])
+    assert "Quetzalcoatl" not in service.output.read_text() + service.errors.read_text()
 
 
 # --- Identity of a request --------------------------------------------------------------------------
