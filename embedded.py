@@ -140,15 +140,18 @@ def database(folder: Path) -> Iterator[dict[str, str]]:
             server.stop()
 
 
-def check_port(name: str, default: int) -> None:
-    """Exit with a one-line error where the port that a setting names is taken."""
-    port = int(os.environ.get(name) or default)
+def check_port(name: str, default: int) -> int:
+    """Return the port that a setting names; exit with a one-line error where it is none, or taken."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal() or int(text) > 65535:
+        sys.exit(f"{name}={text!r} is no port: choose a number up to 65535, as in `make run {name}=9000`.")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("0.0.0.0", port))
+            probe.bind(("0.0.0.0", int(text)))
         except OSError as error:
-            sys.exit(f"Port {port} cannot be used ({error.strerror}): choose another, as in `make run {name}=9000`.")
+            sys.exit(f"Port {text} cannot be used ({error.strerror}): choose another, as in `make run {name}=9000`.")
+    return int(text)
 
 
 def wait_for_port(process: subprocess.Popen[bytes], port: int) -> bool:
@@ -167,9 +170,9 @@ def stop(number: int, frame: FrameType | None) -> None:
 
 def main(folder: Path, command: list[str]) -> int:
     """Start the database and the command, wait for either's end, and return the command's exit status."""
-    port = int(os.environ.get("PORT") or 8080)
-    check_port("PORT", 8080)
-    check_port("METRICS_PORT", 8081)
+    port = check_port("PORT", 8080)
+    if check_port("METRICS_PORT", 8081) == port:
+        sys.exit(f"PORT and METRICS_PORT are both {port}: choose another, as in `make run METRICS_PORT=9001`.")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
     with database(folder) as environment:

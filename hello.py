@@ -133,7 +133,11 @@ class Connection(extensions.connection):
 
     def __init__(self, dsn: str, deadline: float, **arguments: Any) -> None:
         self.deadline = deadline
-        super().__init__(dsn, **arguments)
+        try:
+            super().__init__(dsn, **arguments)
+        except BaseException:
+            self.close()  # now: as garbage it would wait for the collector, and Postgres might yet let it in
+            raise
 
 
 def wait(connection: Connection) -> None:
@@ -195,9 +199,13 @@ def connect() -> Connection:
             **endpoints(first, deadline),
         )
         connection.autocommit = True
-        with connection.cursor() as cursor:
-            cursor.execute(GREET_SERVER, (DATABASE_TIMEOUT,))
-            connection.clock = cursor.fetchone()[0] - monotonic()
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute(GREET_SERVER, (DATABASE_TIMEOUT,))
+                connection.clock = cursor.fetchone()[0] - monotonic()
+        except BaseException:
+            connection.close()
+            raise
     except TimeoutError:
         silent_hosts = first + 1
         raise
@@ -333,7 +341,7 @@ class Batcher:
             request.error = error
         if error and line.is_open and len(batch) > 1:
             for request in batch:
-                if monotonic() < deadline:
+                if line.is_open and monotonic() < deadline:
                     self.run(line, [request], deadline)
 
 

@@ -777,7 +777,7 @@ def test_read_only_database_refuses_put_and_serves_get(app: TestApp, table: Tabl
 def test_put_answered_503_does_not_overwrite_a_later_acknowledged_one(
     app: TestApp, table: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hello, "DATABASE_TIMEOUT", 0.5)
+    monkeypatch.setattr(hello, "DATABASE_TIMEOUT", 1.0)
     table.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'hello'")
     app.put_json("/hello/Zoe", BODY, status=204)
     pid = hello.save_date_of_birth.idle[0].connection.info.backend_pid
@@ -984,6 +984,18 @@ def test_make_run_on_a_taken_port_says_so_in_one_line(tmp_path: Path) -> None:
         output, _ = process.communicate(timeout=20)
     assert output.splitlines()[0].startswith("Port ")
     assert "make run PORT=" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("PORT", "abc"), ("PORT", "70000"), ("METRICS_PORT", "-1"), ("METRICS_PORT", "8080")]
+)
+def test_make_run_with_an_unusable_port_says_so_in_one_line(tmp_path: Path, name: str, value: str) -> None:
+    settings = {"PORT": "8080", "METRICS_PORT": "8081"} | {name: value}
+    output, _ = make_run(tmp_path / "data", **settings).communicate(timeout=20)
+    assert output.splitlines()[0].startswith(
+        (f"{name}='{value}' is no port", "PORT and METRICS_PORT", "Port 8080 cannot")
+    )
     assert "Traceback" not in output
 
 

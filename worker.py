@@ -10,20 +10,36 @@ import io
 import os
 import signal
 import socket
+import sys
+from functools import lru_cache
 from http import HTTPStatus
+from time import time
 from typing import Any
 
 import gevent
 from gevent.server import StreamServer
+from gunicorn import util
 from gunicorn.http import RequestParser, errors
 from gunicorn.http.message import Request
 from gunicorn.http.wsgi import Response, create
 from gunicorn.workers import ggevent
 
-KEEPALIVE_TIMEOUT = float(os.environ.get("KEEPALIVE_TIMEOUT") or 75)
-HEAD_TIMEOUT = float(os.environ.get("HEAD_TIMEOUT") or 10)
-CONTENT_TIMEOUT = float(os.environ.get("CONTENT_TIMEOUT") or 10)
-SEND_TIMEOUT = float(os.environ.get("SEND_TIMEOUT") or 10)
+
+def seconds(name: str, default: float) -> float:
+    """Read a time from the environment; exit with a one-line error where it is none."""
+    text = os.environ.get(name) or str(default)
+    try:
+        if 0 < (value := float(text)) < float("inf"):
+            return value
+    except ValueError:
+        pass
+    sys.exit(f"{name}={text!r} is no number of seconds; the default is {default}")
+
+
+KEEPALIVE_TIMEOUT = seconds("KEEPALIVE_TIMEOUT", 75)
+HEAD_TIMEOUT = seconds("HEAD_TIMEOUT", 10)
+CONTENT_TIMEOUT = seconds("CONTENT_TIMEOUT", 10)
+SEND_TIMEOUT = seconds("SEND_TIMEOUT", 10)
 
 MAX_CONTENT_BYTES = 65536  # read, so that the connection can go on; hello refuses far less
 DRAIN_SECONDS = 1  # how long a connection that is being closed may still talk
@@ -36,13 +52,18 @@ REFUSALS: dict[type[Exception], tuple[HTTPStatus, str]] = {
 MALFORMED = (HTTPStatus.BAD_REQUEST, "The request must be well-formed HTTP/1.1, with one Host and one length.")
 
 
+http_date = lru_cache(maxsize=1)(util.http_date)  # the same for a second, and dear to make
+
+
 class OneSend(Response):
     """A response whose head waits for its content."""
 
     def whole(self, content: bytes) -> bytes:
         """Return the response's bytes: status line, headers and content."""
-        lines = self.default_headers() + [f"{name}: {value}\r\n" for name, value in self.headers]
-        return "".join([*lines, "\r\n"]).encode("latin-1") + content
+        connection = "close" if self.should_close() else "keep-alive"
+        head = f"HTTP/1.1 {self.status}\r\nServer: gunicorn\r\nDate: {http_date(int(time()))}\r\n"
+        lines = [f"{name}: {value}\r\n" for name, value in self.headers]
+        return "".join([head, f"Connection: {connection}\r\n", *lines, "\r\n"]).encode("latin-1") + content
 
 
 class Server(StreamServer):
@@ -92,7 +113,9 @@ class Worker(ggevent.GeventWorker):
 
     def converse(self, name: Any, client: Any, addr: Any) -> None:
         """Read requests and answer them, one after the other."""
-        parser = RequestParser(self.cfg, client, addr)
+        # Without its address: gunicorn would look in each request whether the client is a proxy it may trust. None is,
+        # for gunicorn.conf.py lets no header set anything.
+        parser = RequestParser(self.cfg, client, None)
         try:
             while data := parser.unreader.take_buffered() or self.wait_idle(client):
                 parser.unreader.unread(data)
@@ -134,7 +157,8 @@ class Worker(ggevent.GeventWorker):
     def send(self, client: Any, data: bytes) -> None:
         """Send all of it; raise TimeoutError where the client does not read."""
         client.settimeout(SEND_TIMEOUT)
-        client.sendall(data)
+        if (sent := client.send(data)) < len(data):  # seldom: sendall() asks the kernel more than that
+            client.sendall(data[sent:])
         client.settimeout(None)
 
     def refuse(self, client: Any, status: HTTPStatus, message: str) -> None:
