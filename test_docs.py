@@ -25,7 +25,7 @@ def settings_of_the_code() -> dict[str, str]:
     for name in CODE:
         text = (ROOT / name).read_text()
         found |= dict(re.findall(r"""os\.environ\.get\(["']([A-Z_]+)["']\) or \(?["']?([\w.]*)""", text))
-        found |= dict(re.findall(r'\bsetting\("([A-Z_]+)", ([\w.]+)', text))
+        found |= dict(re.findall(r'\b(?:setting|seconds)\("([A-Z_]+)", ([\w.]+)', text))
         found |= dict.fromkeys(set(re.findall(r'os\.environ\.get\("([A-Z_]+)"\) [!=]=', text)), "on")
     return {name: plain(default) for name, default in found.items() if not name.startswith("PG")}
 
