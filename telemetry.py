@@ -185,8 +185,9 @@ def trace_id_of(environ: WSGIEnvironment) -> str:
 def observer(histogram: Histogram) -> Callable[[float], None]:
     """Return what a histogram's `observe` does, without the library's layers.
 
-    With them, `bench/telemetry.py` saw telemetry take 16 % of the throughput instead of 6. It adds to the same shared memory, where the library finds it. A worker is one thread: nothing needs a lock.
-    The attributes are the library's own: its version is pinned, and the tests count every request.
+    With them, `bench/telemetry.py` saw telemetry take 16 % of the throughput instead of 6. It adds to the same shared
+    memory, where the library finds it. A worker is one thread: nothing needs a lock. The attributes are the library's
+    own: its version is pinned, and the tests compare the two.
     """
     file = histogram._sum._file
     cells = memoryview(file._m).cast("d")
