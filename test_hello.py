@@ -777,8 +777,7 @@ def test_read_only_database_refuses_put_and_serves_get(app: TestApp, table: Tabl
 def test_put_answered_503_does_not_overwrite_a_later_acknowledged_one(
     app: TestApp, table: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hello, "DATABASE_TIMEOUT", 1.0)
-    table.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'hello'")
+    monkeypatch.setattr(hello, "DATABASE_TIMEOUT", 1.5)
     app.put_json("/hello/Zoe", BODY, status=204)
     pid = hello.save_date_of_birth.idle[0].connection.info.backend_pid
     os.kill(pid, signal.SIGSTOP)

@@ -7,6 +7,7 @@ connections closed when the worker stops, and a closing that does not destroy th
 """
 
 import io
+import mmap
 import os
 import signal
 import socket
@@ -19,7 +20,7 @@ from typing import Any
 import gevent
 from gevent.server import StreamServer
 from gunicorn import util
-from gunicorn.http import RequestParser, errors
+from gunicorn.http import RequestParser, errors, wsgi
 from gunicorn.http.message import Request
 from gunicorn.http.wsgi import Response, create
 from gunicorn.workers import ggevent
@@ -42,6 +43,7 @@ CONTENT_TIMEOUT = seconds("CONTENT_TIMEOUT", 10)
 SEND_TIMEOUT = seconds("SEND_TIMEOUT", 10)
 
 MAX_CONTENT_BYTES = 65536  # read, so that the connection can go on; hello refuses far less
+SHARE_SECONDS = 0.001  # how long a worker with more connections than another leaves the next one to it
 DRAIN_SECONDS = 1  # how long a connection that is being closed may still talk
 REFUSALS: dict[type[Exception], tuple[HTTPStatus, str]] = {
     errors.LimitRequestLine: (HTTPStatus.REQUEST_URI_TOO_LONG, "The request line must be shorter."),
@@ -66,11 +68,38 @@ class OneSend(Response):
         return "".join([head, f"Connection: {connection}\r\n", *lines, "\r\n"]).encode("latin-1") + content
 
 
+# How many connections each worker holds, at its number; ABSENT where none is. Made by the master, so shared by all.
+HELD = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("i")[:64]
+ABSENT = 2**31 - 1
+for place in range(len(HELD)):
+    HELD[place] = ABSENT
+
+
 class Server(StreamServer):
-    """A server that, when it closes, first takes in those whom the kernel has let in: it would reset them."""
+    """A server that shares arrivals out, and that, when it closes, first takes in those whom the kernel has let in.
+
+    A worker that happens to run would take a whole burst of arrivals, and the other cores stay idle. So one that
+    holds more than another waits a moment, once, before it takes the next. To close would reset those not taken in.
+    """
+
+    number = 0
+    has_waited = False
+
+    def do_read(self) -> Any:
+        self.has_waited = not self.has_waited and HELD[self.number] > min(HELD)
+        if not self.has_waited:
+            return super().do_read()
+        self.stop_accepting()
+        gevent.spawn_later(SHARE_SECONDS, self.accept_again)
+        return None
+
+    def accept_again(self) -> None:
+        if self.started:
+            self.start_accepting()
 
     def close(self) -> None:
-        while self.started and not self.full() and (arrival := self.do_read()):
+        HELD[self.number] = ABSENT
+        while self.started and not self.full() and (arrival := super().do_read()):
             self.do_handle(*arrival)
         super().close()
 
@@ -85,6 +114,10 @@ class Worker(ggevent.GeventWorker):
         """Start the worker; a SIGTERM that comes before it has its handlers waits until it has."""
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         self.idle: set[Any] = set()
+        base = wsgi.base_environ(self.cfg)  # which gunicorn would make anew, with a look for loggers, for each request
+        wsgi.base_environ = lambda cfg: base.copy()
+        Server.number = self.number % len(HELD)
+        HELD[Server.number] = 0
         super().init_process()
 
     def init_signals(self) -> None:
@@ -102,6 +135,8 @@ class Worker(ggevent.GeventWorker):
 
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
         """Serve one connection until either side has had enough."""
+        if self.alive:
+            HELD[Server.number] += 1
         try:
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.converse(client.getsockname(), client, addr)
@@ -110,6 +145,8 @@ class Worker(ggevent.GeventWorker):
             pass  # the client went away
         finally:
             client.close()
+            if self.alive:
+                HELD[Server.number] -= 1
 
     def converse(self, name: Any, client: Any, addr: Any) -> None:
         """Read requests and answer them, one after the other."""
@@ -143,7 +180,8 @@ class Worker(ggevent.GeventWorker):
         """Answer a request; return whether the connection can go on."""
         if request.version >= (1, 1) and not any(name == "HOST" for name, _ in request.headers):
             raise errors.InvalidHeader("Host")
-        with gevent.Timeout(CONTENT_TIMEOUT):
+        has_content = any(name in {"CONTENT-LENGTH", "TRANSFER-ENCODING"} for name, _ in request.headers)
+        with gevent.Timeout(CONTENT_TIMEOUT if has_content else None):  # a timer has a price
             response, environ = create(request, client, addr, name, self.cfg, response_class=OneSend)
             received = request.body.read(MAX_CONTENT_BYTES + 1)
         environ["wsgi.multithread"] = True
