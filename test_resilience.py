@@ -982,12 +982,16 @@ def test_clients_that_reset_their_connections_leave_no_trace(quick_service: Serv
 TEXTS = (
     st.text(st.characters(categories=["L", "Mn", "Mc"]), max_size=40) | st.text(max_size=300) | st.binary(max_size=40)
 )
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.text(max_size=30) | st.floats() | st.integers() | st.dates().map(str),
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.just("dateOfBirth") | st.text(max_size=9), inner, max_size=4)
-    ),
-)
+
+
+def nested(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.lists(inner, max_size=4) | st.dictionaries(
+        st.just("dateOfBirth") | st.text(max_size=9), inner, max_size=4
+    )
+
+
+SCALARS = st.none() | st.booleans() | st.text(max_size=30) | st.floats() | st.integers() | st.dates().map(str)
+VALUES = st.recursive(SCALARS, nested)
 CONTENTS = st.binary(max_size=300) | VALUES.map(lambda value: json.dumps(value).encode()) | st.dates().map(body)
 PIECES = [
     b"\r\n",
