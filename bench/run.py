@@ -322,7 +322,7 @@ def growth(rounds: int, seconds: int) -> tuple[dict[str, list[Sample]], dict[int
     for users in (10_000, 1_000_000, 10_000_000):
         database = f"users_{users}"
         create(database, users)
-        sizes = psql("SELECT pg_table_size('users'), pg_indexes_size('users')", database).split("|")
+        sizes = psql("SELECT pg_relation_size('users'), pg_relation_size('users_pkey')", database).split("|")
         bytes_a_row[users] = tuple(int(size) / users for size in sizes)
         services[users] = hello(database)
         services[users].database = database
