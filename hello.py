@@ -167,6 +167,7 @@ def addresses(host: str, deadline: float) -> list[str]:
     try:
         found = lookup.result(deadline - monotonic())
     except OSError:  # unknown, or TimeoutError
+        lookup.cancel()
         return []
     return list(dict.fromkeys(address[4][0] for address in found))
 
