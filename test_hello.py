@@ -330,7 +330,7 @@ NAMES_AND_NOT = st.text(st.characters(categories=["L", "Mn", "Mc"])) | st.text(s
 
 
 @given(NAMES_AND_NOT)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_any_text_as_a_username_is_accepted_just_where_the_rule_says_so(text: str) -> None:
     name = unicodedata.normalize("NFC", text)
     kinds = ",".join(unicodedata.category(character) for character in name)
@@ -461,7 +461,7 @@ VALUES = st.recursive(
 
 
 @given(st.binary(max_size=200) | VALUES.map(lambda value: json.dumps(value).encode()))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_any_content_is_a_date_or_400(content: bytes) -> None:
     try:
         assert hello.parse_date_of_birth(content) < hello.today()
@@ -499,7 +499,7 @@ DATES = st.dates() | LEAP_DAYS | DAYS_BY_THE_SEAM | st.dates(date(9999, 1, 1))
 
 
 @given(born=DATES, on=DATES)
-@settings(max_examples=5000, deadline=None)
+@settings(max_examples=2000, deadline=None)
 def test_days_until_birthday_are_those_of_a_calendar_walk(born: date, on: date) -> None:
     assert hello.days_until_birthday(born, on) == walk(born, on)
 

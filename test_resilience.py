@@ -390,7 +390,7 @@ def test_standby_that_is_missing_does_not_eat_the_connections(
     warm_up(database, service)
     absent = database.set(synchronous_standby_names="absent")
     with absent, Load(service, 64) as load, database.census(service) as counts:
-        time.sleep(8)
+        time.sleep(6.5)
     figures(f"{load.figures(database)}; connections at most {max(counts)}")
     assert load.slowest < WORST_CASE
     # A statement given up on still waits in the server until its successor ends it: one more for each `save` line.
