@@ -1,7 +1,8 @@
 """What every test file shares: a Postgres of the tests' own, and the environment that reaches it."""
 
 import os
-import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,14 +21,20 @@ for name in list(os.environ):
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[embedded.Postgres]:
     """Start a Postgres for the whole run, and point libpq's environment at it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    server = embedded.Postgres(tmp_path_factory.mktemp("postgres") / "data", port=port, listen_addresses="localhost")
+    server = embedded.Postgres(
+        tmp_path_factory.mktemp("postgres") / "data", port=str(embedded.free_port()), listen_addresses="localhost"
+    )
     server.start()
     os.environ.update(server.environment)
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def database(postgres: embedded.Postgres) -> dict[str, str]:
+    """The environment of a database with the schema applied."""
+    subprocess.run([sys.executable, "hello.py", "init-db"], check=True, cwd=ROOT)
+    return postgres.environment
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -140,6 +140,13 @@ def database(folder: Path) -> Iterator[dict[str, str]]:
             server.stop()
 
 
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nobody uses at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def check_port(name: str, default: int) -> int:
     """Return the port that a setting names; exit with a one-line error where it is none, or taken."""
     text = os.environ.get(name) or str(default)

@@ -26,6 +26,7 @@ import psycopg2
 from psycopg2 import extensions
 
 import embedded
+from embedded import free_port
 
 ROOT = Path(__file__).parent
 LOGS: list[Path] = []  # of every service started here
@@ -36,12 +37,6 @@ class Patient(extensions.connection):
     """The tests' own connection: where hello is imported, hello.wait bounds every connection; this one at an hour."""
 
     deadline = time.monotonic() + 3600
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def until(condition: Callable[[], Any], seconds: float = 10) -> Any:

@@ -33,6 +33,7 @@ from webtest import TestApp, TestResponse
 
 import embedded
 import hello
+from embedded import free_port
 
 ROOT = Path(__file__).parent
 TODAY = date(2026, 3, 10)
@@ -68,13 +69,6 @@ class Table:
         return dict(self.execute("SELECT username, date_of_birth FROM users"))
 
 
-@pytest.fixture(scope="session")
-def database(postgres: embedded.Postgres) -> dict[str, str]:
-    """The environment of a database with the schema applied."""
-    subprocess.run([sys.executable, "hello.py", "init-db"], check=True, cwd=ROOT)
-    return postgres.environment
-
-
 @pytest.fixture
 def table(database: dict[str, str]) -> Iterator[Table]:
     table = Table(database)
@@ -99,12 +93,6 @@ def statements(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, str]]:
     seen: list[tuple[str, int, str]] = []
     monkeypatch.setattr(hello, "observe", lambda name, rows, _, error: seen.append((name, rows, type(error).__name__)))
     return seen
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

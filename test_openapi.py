@@ -29,7 +29,8 @@ from hypothesis import strategies as st
 import embedded
 import hello
 import worker
-from test_hello import Table, free_port
+from embedded import free_port
+from test_hello import Table
 
 ROOT = Path(__file__).parent
 FILE = ROOT / "openapi.yaml"
@@ -61,13 +62,6 @@ OPERATIONS = [
 ]
 
 # --- The service ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def database(postgres: embedded.Postgres) -> dict[str, str]:
-    """The environment of a database with the schema applied."""
-    subprocess.run([sys.executable, "hello.py", "init-db"], check=True, cwd=ROOT)
-    return postgres.environment
 
 
 @pytest.fixture
