@@ -32,11 +32,6 @@ worker_class = "worker.Worker"
 workers = int(os.environ.get("WEB_CONCURRENCY") or 2)
 worker_connections = int(os.environ.get("WORKER_CONNECTIONS") or 1000)
 
-# A name of 2,500 bytes, percent-encoded; the headers of a browser or a proxy are far below these.
-limit_request_line = 8190
-limit_request_fields = 64
-limit_request_field_size = 4096
-
 # Docker gives ten seconds between SIGTERM and SIGKILL. The longest request takes 4.5 s.
 graceful_timeout = int(os.environ.get("GRACEFUL_TIMEOUT") or 8)
 # A worker that does not run at all for this long (in seconds) is replaced. It is no bound on a request.
@@ -46,11 +41,6 @@ timeout = 30
 worker_tmp_dir = next((path for path in ("/dev/shm",) if os.access(path, os.W_OK)), None)
 # It would be a socket in the home folder, which need not exist.
 control_socket_disable = True
-
-# Nobody may set SCRIPT_NAME, PATH_INFO or the scheme with a header, wherever the request comes from.
-forwarded_allow_ips = ""
-forwarder_headers = ""
-secure_scheme_headers = {}
 
 # Each client is an open file; the usual soft limit of 1,024 would be reached first.
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -25,7 +25,6 @@ Run it with `gunicorn hello:application`, or `python hello.py` for the standard 
 `python hello.py init-db` applies schema.sql and exits. Any WSGI server will do: nothing here knows which.
 """
 
-import dataclasses
 import json
 import logging
 import os
@@ -37,7 +36,6 @@ import threading
 import traceback
 import unicodedata
 from calendar import isleap
-from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import MAXYEAR, date, datetime
@@ -45,6 +43,7 @@ from functools import partial
 from http import HTTPStatus
 from itertools import cycle
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from time import monotonic, sleep
 from typing import Any, NamedTuple
 from wsgiref.simple_server import make_server
@@ -53,7 +52,6 @@ from zoneinfo import ZoneInfo
 
 import psycopg2
 from psycopg2 import errors, extensions
-from psycopg2.extras import execute_values
 
 __version__ = "1.0.0"
 
@@ -106,10 +104,11 @@ FIND_DATES_OF_BIRTH = """
     SELECT username, date_of_birth FROM users WHERE username = ANY(%s)
 """
 # WHERE: a statement that we gave up on may still reach Postgres, late, from a network or a server that hung. It must
-# not overwrite what was acknowledged meanwhile. (%%s: execute_values puts the rows there.)
+# not overwrite what was acknowledged meanwhile.
 SAVE_DATES_OF_BIRTH = """
     SET LOCAL statement_timeout = %s;
-    INSERT INTO users (username, date_of_birth) VALUES %%s
+    INSERT INTO users (username, date_of_birth)
+    SELECT username, date_of_birth FROM unnest(%s, %s) AS batch (username, date_of_birth)
     ON CONFLICT (username) DO UPDATE SET date_of_birth = EXCLUDED.date_of_birth
     WHERE clock_timestamp() < to_timestamp(%s)
 """
@@ -256,95 +255,95 @@ def find(cursor: Any, usernames: list[str]) -> list[date | None]:
 def save(cursor: Any, rows: list[tuple[str, date]]) -> list[None]:
     """Save dates of birth: of each username the last, and in one order, so that no two batches deadlock."""
     connection = cursor.connection
-    expiry = connection.deadline + connection.clock
-    statement = cursor.mogrify(SAVE_DATES_OF_BIRTH, (round(STATEMENT_TIMEOUT * 1000), expiry)).decode()
-    unique = sorted(dict(rows).items())
+    usernames, dates = map(list, zip(*sorted(dict(rows).items()), strict=True))
     connection.notices.clear()  # of the login, for example
-    execute_values(cursor, statement, unique, page_size=len(unique))
+    expiry = connection.deadline + connection.clock
+    cursor.execute(SAVE_DATES_OF_BIRTH, (round(STATEMENT_TIMEOUT * 1000), usernames, dates, expiry))
     # That the wait for a synchronous standby was cancelled is a mere warning: the rows may be on one server only.
     # Fewer rows than sent: their time was over, or the server's clock jumped, and a new connection reads it anew.
-    if connection.notices or cursor.rowcount < len(unique):
+    if connection.notices or cursor.rowcount < len(usernames):
         connection.close()
         raise psycopg2.OperationalError("not safely committed")
     return [None] * len(rows)
 
 
-@dataclasses.dataclass(slots=True, eq=False)
-class Request:
-    """A row on its way to Postgres, and what came of it."""
+class Batch:
+    """Rows that share a statement, and what came of each: a result or an exception."""
 
-    row: Any
-    ready: threading.Event = dataclasses.field(default_factory=threading.Event)
-    line: Line | None = None  # whoever is given one runs the next statement
-    result: Any = None
-    error: Exception | None = dataclasses.field(default_factory=Unavailable)  # until it was run
+    def __init__(self) -> None:
+        self.rows: list[Any] = []
+        self.results: list[Any] = []
+        self.done = threading.Event()
 
 
 class Batcher:
     """Run one statement for all who wait for a connection.
 
-    A request that finds a line idle runs its statement at once. Those that come meanwhile wait; the first
-    of them gets the line next and runs one statement for all. So nobody waits for company, and nobody
-    gets the answer of a statement that was sent before the request came.
+    Whoever finds no batch waiting begins one and leads it: takes the next idle connection, at once where there is
+    one, and runs the statement for all who have joined by then. So nobody waits for company, and nobody gets the
+    answer of a statement that was sent before the request came.
     """
 
     def __init__(self, statement: Statement) -> None:
         self.statement = statement
-        self.idle = [Line() for _ in range(DATABASE_CONNECTIONS)]
-        self.waiting: deque[Request] = deque()
+        self.waiting: list[Batch] = []  # for a connection; only the last one grows
         self.lock = threading.Lock()
+        self.idle: SimpleQueue[Line] = SimpleQueue()
+        for _ in range(DATABASE_CONNECTIONS):
+            self.idle.put(Line())
 
     def __call__(self, row: Any) -> Any:
         """Return the statement's result for a row; raise Unavailable."""
-        request = Request(row)
         with self.lock:
-            if self.idle:
-                request.line = self.idle.pop()
-            else:
-                self.waiting.append(request)
-        if not request.line and not request.ready.wait(QUEUE_TIMEOUT):
-            with self.lock:
-                if request in self.waiting:
-                    self.waiting.remove(request)
-                    raise Unavailable("no connection came free")
-            request.ready.wait()  # it is in a batch by now, which has a bound of its own
-        if request.line:
-            self.lead(request)
-        if request.error:
-            raise Unavailable from request.error
-        return request.result
+            if not self.waiting or len(self.waiting[-1].rows) == BATCH_SIZE:
+                self.waiting.append(Batch())
+            batch = self.waiting[-1]
+            place = len(batch.rows)
+            batch.rows.append(row)
+        if place == 0:
+            self.lead(batch)
+        else:
+            batch.done.wait()  # which the leader's bounds bound
+        if isinstance(result := batch.results[place], Exception):
+            raise Unavailable from result
+        return result
 
-    def lead(self, request: Request) -> None:
-        """Run one statement for this request and those who wait, then hand the line on."""
-        line = request.line
-        with self.lock:
-            batch = [request] + [self.waiting.popleft() for _ in range(min(BATCH_SIZE - 1, len(self.waiting)))]
+    def lead(self, batch: Batch) -> None:
+        """Run a batch's statement with the next idle connection."""
         try:
-            self.run(line, batch, monotonic() + DATABASE_TIMEOUT)
+            line = self.take_line(batch)
+            try:
+                batch.results = self.run(line, batch.rows, monotonic() + DATABASE_TIMEOUT)
+            finally:
+                self.idle.put(line)
+        except Empty:
+            pass  # no connection came free
         finally:  # also when the server ends this request: the others must not wait for ever
-            with self.lock:
-                heir = self.waiting.popleft() if self.waiting else None
-                if heir:
-                    heir.line = line
-                else:
-                    self.idle.append(line)
-            for woken in [*batch[1:], heir] if heir else batch[1:]:
-                woken.ready.set()
+            batch.results = batch.results or [Unavailable()] * len(batch.rows)
+            batch.done.set()
 
-    def run(self, line: Line, batch: list[Request], deadline: float) -> None:
-        """Give each request its result or its error; try row by row after an error that may be one row's."""
-        start, error, results = monotonic(), None, [None] * len(batch)
+    def take_line(self, batch: Batch) -> Line:
+        """Wait for an idle connection and close the batch; raise Empty."""
         try:
-            results = line.execute(self.statement, [request.row for request in batch], deadline)
+            return self.idle.get(timeout=QUEUE_TIMEOUT)
+        finally:
+            with self.lock:
+                self.waiting.remove(batch)
+
+    def run(self, line: Line, rows: list[Any], deadline: float) -> list[Any]:
+        """Return each row's result or its error; try row by row after an error that may be one row's."""
+        start, error = monotonic(), None
+        try:
+            return line.execute(self.statement, rows, deadline)
         except (psycopg2.Error, TimeoutError) as failure:
             error = failure
-        observe(self.statement.__name__, len(batch), monotonic() - start, error)
-        for request, request.result in zip(batch, results, strict=True):
-            request.error = error
-        if error and line.is_open and len(batch) > 1:
-            for request in batch:
-                if line.is_open and monotonic() < deadline:
-                    self.run(line, [request], deadline)
+        finally:
+            observe(self.statement.__name__, len(rows), monotonic() - start, error)
+        if len(rows) == 1:
+            return [error]
+        return [
+            self.run(line, [row], deadline)[0] if line.is_open and monotonic() < deadline else error for row in rows
+        ]
 
 
 def observe(statement: str, rows: int, seconds: float, error: BaseException | None) -> None:
@@ -523,14 +522,12 @@ def route(environ: WSGIEnvironment) -> Response:
         raise Refused(404, f"There is nothing here: try {', '.join(ROUTES)}.")
     environ["hello.route"] = template
     arguments = [parse_username(path.removeprefix("/hello/"))] if template is HELLO else []
-    handlers = ROUTES[template]
-    allow = ("Allow", ", ".join(sorted({*handlers, "HEAD", "OPTIONS"})))
+    if handler := ROUTES[template].get("GET" if method == "HEAD" else method):
+        return handler(environ, *arguments)
+    methods = ", ".join(sorted({*ROUTES[template], "HEAD", "OPTIONS"}))
     if method == "OPTIONS":
-        return Response(204, headers=(allow,))
-    handler = handlers.get("GET" if method == "HEAD" else method)
-    if handler is None:
-        raise Refused(405, f"The method must be one of {allow[1]}.", allow)
-    return handler(environ, *arguments)
+        return Response(204, headers=(("Allow", methods),))
+    raise Refused(405, f"The method must be one of {methods}.", ("Allow", methods))
 
 
 # --- Application ------------------------------------------------------------------------------------

@@ -248,9 +248,9 @@ class Telemetry:
         for pool in (service.find_date_of_birth, service.save_date_of_birth):
             operation = pool.statement.__name__
             self.statements[operation] = observer(queries.labels(operation)), observer(batches.labels(operation))
-            size.labels(operation).set(len(pool.idle))
+            size.labels(operation).set(pool.idle.qsize())
             gauges = in_use.labels(operation).set, waiting.labels(operation).set
-            self.pools.append((pool, len(pool.idle), *gauges))
+            self.pools.append((pool, pool.idle.qsize(), *gauges))
         # Counters are there from the start: rate() cannot see the step from nothing to the first error.
         hello = [("GET", status) for status in ("200", "400", "404", "503")]
         hello += [("PUT", status) for status in ("204", "400", "503")]
@@ -313,8 +313,8 @@ class Telemetry:
         while True:
             self.in_progress.set(self.running)
             for pool, size, set_in_use, set_waiting in self.pools:
-                set_in_use(size - len(pool.idle))
-                set_waiting(len(pool.waiting))
+                set_in_use(size - pool.idle.qsize())
+                set_waiting(sum(len(batch.rows) for batch in pool.waiting))
             before, spent = spent, process_time()
             self.cpu.inc(spent - before)
             time.sleep(SAMPLE_SECONDS)

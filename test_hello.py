@@ -612,9 +612,17 @@ def put(app: TestApp, username: str, born: str = "1990-05-17") -> Callable[[], i
 def wait_until_waiting(batcher: hello.Batcher, count: int) -> None:
     """Wait until so many requests wait for a connection, and none is idle."""
     deadline = time.monotonic() + 1
-    while len(batcher.waiting) < count or batcher.idle:
+    while sum(len(batch.rows) for batch in batcher.waiting) < count or batcher.idle.qsize():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def connection_of(batcher: hello.Batcher) -> hello.Connection:
+    """Return a batcher's idle connection, which stays in its place."""
+    line = batcher.idle.get(timeout=1)
+    batcher.idle.put(line)
+    assert line.connection is not None
+    return line.connection
 
 
 def after(seconds: float, call: Callable[[], Any]) -> Callable[[], Any]:
@@ -767,7 +775,7 @@ def test_put_answered_503_does_not_overwrite_a_later_acknowledged_one(
 ) -> None:
     monkeypatch.setattr(hello, "DATABASE_TIMEOUT", 1.5)
     app.put_json("/hello/Zoe", BODY, status=204)
-    pid = hello.save_date_of_birth.idle[0].connection.info.backend_pid
+    pid = connection_of(hello.save_date_of_birth).info.backend_pid
     os.kill(pid, signal.SIGSTOP)
     try:
         app.put_json("/hello/Zoe", {"dateOfBirth": "1991-01-01"}, status=503)
@@ -837,8 +845,7 @@ def test_statements_leave_nothing_behind_in_the_session(app: TestApp, table: Tab
     app.put_json("/hello/Zoe", BODY, status=204)
     app.get("/hello/Zoe", status=200)
     for batcher in (hello.find_date_of_birth, hello.save_date_of_birth):
-        connection = batcher.idle[0].connection
-        assert connection is not None
+        connection = connection_of(batcher)
         with connection.cursor() as cursor:
             cursor.execute("SELECT current_setting('statement_timeout'), (SELECT count(*) FROM pg_prepared_statements)")
             assert cursor.fetchone() == ("0", 0)

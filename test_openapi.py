@@ -179,7 +179,7 @@ def test_paths_and_methods_of_openapi_and_of_the_code_are_the_same() -> None:
 
 def test_statuses_of_openapi_and_of_the_code_are_the_same() -> None:
     written = re.findall(r"(?:Refused|Response|say)\((\d{3})\b", (ROOT / "hello.py").read_text())
-    refusals = [status for status, _ in [*worker.REFUSALS.values(), worker.MALFORMED]]
+    refusals = [refusal.status for refusal in worker.REFUSALS]
     described = [status for _, _, operation in OPERATIONS for status in operation["responses"]]
     assert {*described, "405"} == {*written, *[str(status.value) for status in refusals]}
 

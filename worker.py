@@ -1,9 +1,16 @@
-"""The gunicorn worker that serves hello: gunicorn's parser and gevent's server, every wait bounded.
+"""The gunicorn worker that serves hello: httptools' parser, gevent's server, and a bound for every wait.
 
-What it does that gunicorn's own gevent worker does not, each seen to matter (see test_resilience.py):
-a bound of its own for each phase of a connection (idle, head, content, sending), errors as JSON and
-without a word of the request in them or in the log, one `send` a response instead of two, idle
-connections closed when the worker stops, and a closing that does not destroy the answer just sent.
+What it does that gunicorn's own gevent worker does not, each seen to matter (test_resilience.py, bench/README.md):
+a bound of its own for each phase of a connection (idle, head, content, sending); errors as JSON, and no word of a
+request in them or in the log; requests parsed by llhttp, the compiled parser of Node.js; one `send` a response;
+idle connections closed when the worker stops; and a closing that does not destroy the answer just sent.
+It serves applications that, like hello, return their content as a list and never call `write`.
+
+Settings (environment variables)
+    KEEPALIVE_TIMEOUT   seconds an idle connection is kept (default 75)
+    HEAD_TIMEOUT        seconds a client may take to send a request's head (default 10)
+    CONTENT_TIMEOUT     seconds a client may take to send a request's content (default 10)
+    SEND_TIMEOUT        seconds a client may take nothing of what is sent to it (default 10)
 """
 
 import io
@@ -12,18 +19,19 @@ import os
 import signal
 import socket
 import sys
+from collections import deque
+from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
-from time import time
-from typing import Any
+from time import monotonic, time
+from typing import Any, NamedTuple, NoReturn
+from urllib.parse import unquote_to_bytes, urlsplit
+from wsgiref.types import WSGIEnvironment
 
 import gevent
 from gevent.server import StreamServer
-from gunicorn import util
-from gunicorn.http import RequestParser, errors, wsgi
-from gunicorn.http.message import Request
-from gunicorn.http.wsgi import Response, create
 from gunicorn.workers import ggevent
+from httptools import HttpParserCallbackError, HttpParserError, HttpParserUpgrade, HttpRequestParser
 
 
 def seconds(name: str, default: float) -> float:
@@ -42,31 +50,157 @@ HEAD_TIMEOUT = seconds("HEAD_TIMEOUT", 10)
 CONTENT_TIMEOUT = seconds("CONTENT_TIMEOUT", 10)
 SEND_TIMEOUT = seconds("SEND_TIMEOUT", 10)
 
+RECEIVE_BYTES = 8192
+MAX_TARGET_BYTES = 8190  # a name of 2,500 bytes, percent-encoded, has 7,500
+MAX_HEADERS, MAX_HEADER_BYTES = 64, 4096  # those of a browser or a proxy are far below
+MAX_HEAD_BYTES = 32768  # while it is incomplete
 MAX_CONTENT_BYTES = 65536  # read, so that the connection can go on; hello refuses far less
 SHARE_SECONDS = 0.001  # how long a worker with more connections than another leaves the next one to it
 DRAIN_SECONDS = 1  # how long a connection that is being closed may still talk
-REFUSALS: dict[type[Exception], tuple[HTTPStatus, str]] = {
-    errors.LimitRequestLine: (HTTPStatus.REQUEST_URI_TOO_LONG, "The request line must be shorter."),
-    errors.LimitRequestHeaders: (HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "Send fewer and shorter headers."),
-    errors.ExpectationFailed: (HTTPStatus.EXPECTATION_FAILED, "Expect must be 100-continue."),
-    gevent.Timeout: (HTTPStatus.REQUEST_TIMEOUT, "The request must arrive sooner."),
-}
-MALFORMED = (HTTPStatus.BAD_REQUEST, "The request must be well-formed HTTP/1.1, with one Host and one length.")
+
+# --- Requests ---------------------------------------------------------------------------------------
 
 
-http_date = lru_cache(maxsize=1)(util.http_date)  # the same for a second, and dear to make
+class Refusal(NamedTuple):
+    """The answer to what is no request."""
+
+    status: HTTPStatus
+    message: str
 
 
-class OneSend(Response):
-    """A response whose head waits for its content."""
+MALFORMED = Refusal(
+    HTTPStatus.BAD_REQUEST, "The request must be well-formed HTTP/1.1, with a known method, one Host and one length."
+)
+BAD_CONTENT = Refusal(HTTPStatus.BAD_REQUEST, "The content must arrive whole and well-formed.")
+LATE = Refusal(HTTPStatus.REQUEST_TIMEOUT, "The request must arrive sooner.")
+LONG_TARGET = Refusal(HTTPStatus.REQUEST_URI_TOO_LONG, "The request line must be shorter.")
+LONG_HEAD = Refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "Send fewer and shorter headers.")
+UNEXPECTED = Refusal(HTTPStatus.EXPECTATION_FAILED, "Expect must be 100-continue.")
+REFUSALS = (MALFORMED, BAD_CONTENT, LATE, LONG_TARGET, LONG_HEAD, UNEXPECTED)
 
-    def whole(self, content: bytes) -> bytes:
-        """Return the response's bytes: status line, headers and content."""
-        connection = "close" if self.should_close() else "keep-alive"
-        head = f"HTTP/1.1 {self.status}\r\nServer: gunicorn\r\nDate: {http_date(int(time()))}\r\n"
-        lines = [f"{name}: {value}\r\n" for name, value in self.headers]
-        return "".join([head, f"Connection: {connection}\r\n", *lines, "\r\n"]).encode("latin-1") + content
 
+class Stop(Exception):
+    """Raised in a callback, for the parser to read no further."""
+
+
+@lru_cache(maxsize=256)
+def key_of(name: bytes) -> str:
+    """Return a header's key in the environ (PEP 3333), none for one whose underscore could pass for a hyphen."""
+    key = name.decode("latin-1").upper().replace("-", "_")
+    return "" if b"_" in name else key if key in {"CONTENT_TYPE", "CONTENT_LENGTH"} else f"HTTP_{key}"
+
+
+class Reader:
+    """Makes environs (PEP 3333) of what the client of one connection sends; `on_...` are httptools' callbacks.
+
+    Args:
+        common: what all environs of the connection have in common.
+    """
+
+    def __init__(self, common: WSGIEnvironment) -> None:
+        self.common = common
+        self.parser = HttpRequestParser(self)
+        self.whole: deque[tuple[WSGIEnvironment, bool]] = deque()  # requests, and whether another may follow
+        self.refusal: Refusal | None = None  # of what follows them; nothing is read after it
+        self.expect_next()
+
+    def expect_next(self) -> None:
+        self.has_begun = False
+        self.phase_began: float | None = None  # that of its head, then that of its content, in monotonic seconds
+        self.received = 0  # bytes of its head
+        self.target = b""
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.environ: WSGIEnvironment | None = None  # where its head is complete
+        self.content = bytearray()
+        self.is_expectant = False  # waits for 100 Continue
+
+    def feed(self, data: bytes) -> None:
+        """Read bytes; leave the requests that are complete in `whole`."""
+        self.has_begun = True
+        self.received += len(data)
+        try:
+            self.parser.feed_data(data)
+        except HttpParserUpgrade:
+            pass  # the request is complete, and the last one
+        except HttpParserError as error:
+            if not isinstance(error, HttpParserCallbackError):
+                self.refusal = BAD_CONTENT if self.environ else MALFORMED
+            elif not isinstance(error.__context__, Stop):
+                raise
+        if self.received > MAX_HEAD_BYTES and not self.environ:
+            self.refusal = LONG_HEAD
+        if self.has_begun and self.phase_began is None:
+            self.phase_began = monotonic()
+
+    def seconds_left(self) -> float:
+        """Return how long the client may take for what it has begun."""
+        return self.phase_began + (CONTENT_TIMEOUT if self.environ else HEAD_TIMEOUT) - monotonic()
+
+    def on_message_begin(self) -> None:
+        self.has_begun = True
+
+    def on_url(self, part: bytes) -> None:
+        self.target += part
+        if len(self.target) > MAX_TARGET_BYTES:
+            self.refuse(LONG_TARGET)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name, value))
+        if len(self.headers) > MAX_HEADERS or len(name) + len(value) > MAX_HEADER_BYTES:
+            self.refuse(LONG_HEAD)
+
+    def on_headers_complete(self) -> None:
+        environ = self.common.copy()
+        hosts = 0
+        for name, value in self.headers:
+            key, text = key_of(name), value.decode("latin-1")
+            hosts += key == "HTTP_HOST"
+            if key:
+                environ[key] = f"{environ[key]},{text}" if key in environ else text
+        version = self.parser.get_http_version()
+        environ["REQUEST_METHOD"] = self.parser.get_method().decode()
+        environ["SERVER_PROTOCOL"] = f"HTTP/{version}"
+        environ["PATH_INFO"], environ["QUERY_STRING"] = self.split_target()
+        # RFC 9112, section 6.1: version 1.0 has no codings, and who forwards one may not know where content ends.
+        if hosts != 1 if version == "1.1" else version != "1.0" or "HTTP_TRANSFER_ENCODING" in environ:
+            self.refuse(MALFORMED)
+        if version == "1.1" and (expectation := environ.get("HTTP_EXPECT")):
+            self.is_expectant = expectation.lower() == "100-continue"
+            if not self.is_expectant:
+                self.refuse(UNEXPECTED)
+        self.environ, self.phase_began = environ, None
+
+    def split_target(self) -> tuple[str, str]:
+        """Return the path, its percent-encoded bytes as latin-1 (PEP 3333), and the query."""
+        target = self.target.decode("ascii")
+        if not target.startswith("/"):  # a whole URL, or "*" (RFC 9112, section 3.2)
+            try:
+                target = urlsplit(target)._replace(scheme="", netloc="").geturl()
+            except ValueError:
+                self.refuse(MALFORMED)
+        path, _, query = target.partition("?")
+        return unquote_to_bytes(path).decode("latin-1") if "%" in path else path, query
+
+    def on_body(self, part: bytes) -> None:
+        self.content += part
+        if len(self.content) > MAX_CONTENT_BYTES:
+            self.finish(is_last=True)
+            raise Stop
+
+    def on_message_complete(self) -> None:
+        self.finish(is_last=not self.parser.should_keep_alive() or self.parser.should_upgrade())
+
+    def finish(self, *, is_last: bool) -> None:
+        self.environ["wsgi.input"] = io.BytesIO(self.content)
+        self.whole.append((self.environ, is_last))
+        self.expect_next()
+
+    def refuse(self, refusal: Refusal) -> NoReturn:
+        self.refusal = refusal
+        raise Stop
+
+
+# --- Connections ------------------------------------------------------------------------------------
 
 # How many connections each worker holds, at its number; ABSENT where none is. Made by the master, so shared by all.
 HELD = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("i")[:64]
@@ -107,6 +241,11 @@ class Server(StreamServer):
 ggevent.StreamServer = Server  # which gunicorn's worker makes one of for each listening socket
 
 
+@lru_cache(maxsize=1)  # the same for a second, and dear to make
+def http_date(second: int) -> str:
+    return formatdate(second, usegmt=True)
+
+
 class Worker(ggevent.GeventWorker):
     """Serve keep-alive connections, one greenlet each."""
 
@@ -114,8 +253,6 @@ class Worker(ggevent.GeventWorker):
         """Start the worker; a SIGTERM that comes before it has its handlers waits until it has."""
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         self.idle: set[Any] = set()
-        base = wsgi.base_environ(self.cfg)  # which gunicorn would make anew, with a look for loggers, for each request
-        wsgi.base_environ = lambda cfg: base.copy()
         Server.number = self.number % len(HELD)
         HELD[Server.number] = 0
         super().init_process()
@@ -139,75 +276,97 @@ class Worker(ggevent.GeventWorker):
             HELD[Server.number] += 1
         try:
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.converse(client.getsockname(), client, addr)
+            self.converse(client, Reader(self.common_environ(client.getsockname())))
             self.close_gently(client)
-        except (OSError, errors.NoMoreData):
+        except OSError:
             pass  # the client went away
         finally:
             client.close()
             if self.alive:
                 HELD[Server.number] -= 1
 
-    def converse(self, name: Any, client: Any, addr: Any) -> None:
+    def common_environ(self, server: tuple[str, int]) -> WSGIEnvironment:
+        """Return what all requests to one of the server's addresses have in common (PEP 3333)."""
+        return {
+            "SCRIPT_NAME": "",
+            "SERVER_NAME": server[0],
+            "SERVER_PORT": str(server[1]),
+            "wsgi.version": (1, 0),
+            "wsgi.url_scheme": "http",
+            "wsgi.errors": sys.stderr,
+            "wsgi.multithread": True,
+            "wsgi.multiprocess": self.cfg.workers > 1,
+            "wsgi.run_once": False,
+            "wsgi.input_terminated": True,
+        }
+
+    def converse(self, client: Any, reader: Reader) -> None:
         """Read requests and answer them, one after the other."""
-        # Without its address: gunicorn would look in each request whether the client is a proxy it may trust. None is,
-        # for gunicorn.conf.py lets no header set anything.
-        parser = RequestParser(self.cfg, client, None)
-        try:
-            while data := parser.unreader.take_buffered() or self.wait_idle(client):
-                parser.unreader.unread(data)
-                with gevent.Timeout(HEAD_TIMEOUT):
-                    request = next(parser)
-                if not self.answer(request, client, addr, name):
+        while not reader.refusal and (data := self.receive(client, reader)):
+            reader.feed(data)
+            while reader.whole:
+                environ, is_last = reader.whole.popleft()
+                if not self.answer(client, environ, is_last=is_last):
                     return
-        except StopIteration:
+            if reader.is_expectant and reader.environ:
+                reader.is_expectant = False
+                self.send(client, b"HTTP/1.1 100 Continue\r\n\r\n")
+        if refusal := reader.refusal or (BAD_CONTENT if reader.environ else None):
+            self.refuse(client, refusal)
+
+    def receive(self, client: Any, reader: Reader) -> bytes:
+        """Return what the client sends next; nothing where that is the end, or comes too late."""
+        if not reader.has_begun:
+            return self.wait_idle(client)
+        try:
+            if (seconds_left := reader.seconds_left()) > 0:
+                client.settimeout(seconds_left)
+                return client.recv(RECEIVE_BYTES)
+        except TimeoutError:
             pass
-        except (errors.ParseException, gevent.Timeout, UnicodeError) as error:
-            self.refuse(client, *REFUSALS.get(type(error), MALFORMED))
+        reader.refusal = LATE
+        return b""
 
     def wait_idle(self, client: Any) -> bytes:
         """Return the first bytes of the next request, none where none come."""
         if self.alive:
             self.idle.add(client)
         try:
-            with gevent.Timeout(KEEPALIVE_TIMEOUT if self.alive else DRAIN_SECONDS, False):
-                return client.recv(8192)
+            client.settimeout(KEEPALIVE_TIMEOUT if self.alive else DRAIN_SECONDS)
+            return client.recv(RECEIVE_BYTES)
+        except TimeoutError:
+            return b""
         finally:
             self.idle.discard(client)
-        return b""
 
-    def answer(self, request: Request, client: Any, addr: Any, name: Any) -> bool:
+    def answer(self, client: Any, environ: WSGIEnvironment, *, is_last: bool) -> bool:
         """Answer a request; return whether the connection can go on."""
-        if request.version >= (1, 1) and not any(name == "HOST" for name, _ in request.headers):
-            raise errors.InvalidHeader("Host")
-        has_content = any(name in {"CONTENT-LENGTH", "TRANSFER-ENCODING"} for name, _ in request.headers)
-        with gevent.Timeout(CONTENT_TIMEOUT if has_content else None):  # a timer has a price
-            response, environ = create(request, client, addr, name, self.cfg, response_class=OneSend)
-            received = request.body.read(MAX_CONTENT_BYTES + 1)
-        environ["wsgi.multithread"] = True
-        environ["wsgi.input"] = io.BytesIO(received)
-        content = b"".join(self.wsgi(environ, response.start_response))
-        if len(received) > MAX_CONTENT_BYTES or not self.alive:  # asked last: a stop may have come meanwhile
-            response.force_close()
-        self.send(client, response.whole(content))
-        return not response.should_close()
+        response: list[Any] = []
+        content = b"".join(self.wsgi(environ, lambda *status_and_headers: response.extend(status_and_headers)))
+        is_last = is_last or not self.alive  # asked last: a stop may have come meanwhile
+        head = (
+            f"HTTP/1.1 {response[0]}\r\nDate: {http_date(int(time()))}\r\n"
+            f"Connection: {'close' if is_last else 'keep-alive'}\r\n"
+        )
+        lines = [f"{name}: {value}\r\n" for name, value in response[1]]
+        self.send(client, "".join([head, *lines, "\r\n"]).encode("latin-1") + content)
+        return not is_last
+
+    def refuse(self, client: Any, refusal: Refusal) -> None:
+        """Answer what is no request."""
+        content = b'{"message": "%b"}' % refusal.message.encode()
+        head = (
+            f"HTTP/1.1 {refusal.status.value} {refusal.status.phrase}\r\nConnection: close\r\n"
+            "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(content)}\r\n\r\n"
+        )
+        self.send(client, head.encode() + content)
 
     def send(self, client: Any, data: bytes) -> None:
         """Send all of it; raise TimeoutError where the client does not read."""
         client.settimeout(SEND_TIMEOUT)
         if (sent := client.send(data)) < len(data):  # seldom: sendall() asks the kernel more than that
             client.sendall(data[sent:])
-        client.settimeout(None)
-
-    def refuse(self, client: Any, status: HTTPStatus, message: str) -> None:
-        """Answer what is no request."""
-        content = b'{"message": "%s"}' % message.encode()
-        head = (
-            f"HTTP/1.1 {status.value} {status.phrase}\r\nConnection: close\r\nCache-Control: no-store\r\n"
-            "X-Content-Type-Options: nosniff\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(content)}\r\n\r\n"
-        )
-        self.send(client, head.encode() + content)
 
     def close_gently(self, client: Any) -> None:
         """Let the client read what was sent: to close with its bytes unread would reset the connection."""

@@ -57,8 +57,9 @@ PGBENCH = {
 PGBENCH["pgbench-same"] = {
     "GET": "SET LOCAL statement_timeout = 1000 \\; SELECT username, date_of_birth FROM users"
     " WHERE username = ANY(ARRAY['{}']);\n",
-    "PUT": "SET LOCAL statement_timeout = 1000 \\; "
-    + PGBENCH["pgbench"]["PUT"].replace(";", " WHERE clock_timestamp() < to_timestamp(4102444800.5);"),
+    "PUT": "SET LOCAL statement_timeout = 1000 \\; INSERT INTO users (username, date_of_birth) SELECT username, date_of_birth"
+    " FROM unnest(ARRAY['{}'], ARRAY['1990-05-17'::date]) AS batch (username, date_of_birth) ON CONFLICT (username)"
+    " DO UPDATE SET date_of_birth = EXCLUDED.date_of_birth WHERE clock_timestamp() < to_timestamp(4102444800.5);\n",
 }
 PGBENCH_SCRIPTS = 100  # it takes 128
 
