@@ -135,6 +135,10 @@ class Connection(extensions.connection):
         self.deadline = deadline
         try:
             super().__init__(dsn, **arguments)
+            self.autocommit = True
+            with self.cursor() as cursor:
+                cursor.execute(GREET_SERVER, (DATABASE_TIMEOUT,))
+                self.clock = cursor.fetchone()[0] - monotonic()
         except BaseException:
             self.close()  # now: as garbage it would wait for the collector, and Postgres might yet let it in
             raise
@@ -192,25 +196,16 @@ def connect() -> Connection:
     global silent_hosts
     first, deadline = silent_hosts, monotonic() + CONNECT_TIMEOUT
     try:
-        connection = psycopg2.connect(
+        return psycopg2.connect(
             connection_factory=partial(Connection, deadline=deadline),
             fallback_application_name="hello",
             client_encoding="UTF8",
             tcp_user_timeout=round(CONNECT_TIMEOUT * 1000),  # how long a vanished peer is believed in
             **endpoints(first, deadline),
         )
-        connection.autocommit = True
-        try:
-            with connection.cursor() as cursor:
-                cursor.execute(GREET_SERVER, (DATABASE_TIMEOUT,))
-                connection.clock = cursor.fetchone()[0] - monotonic()
-        except BaseException:
-            connection.close()
-            raise
     except TimeoutError:
         silent_hosts = first + 1
         raise
-    return connection
 
 
 class Line:
