@@ -894,11 +894,31 @@ def test_malformed_request_is_4xx_or_a_close_and_hides_no_second_one(
 @pytest.mark.parametrize(
     "request_bytes",
     [b"\r\n" * 3 + SMUGGLED, SMUGGLED.replace(b" ", b"  ", 1), SMUGGLED.replace(b"Host: a", b"host:\ta ")],
-    ids=["blank lines before it (RFC 9112, 2.2)", "two spaces (RFC 9112, 3)", "white space around a value (RFC 9112, 5)"],
+    ids=[
+        "blank lines before it (RFC 9112, 2.2)",
+        "two spaces (RFC 9112, 3)",
+        "white space around a value (RFC 9112, 5)",
+    ],
 )
 def test_request_that_http_tells_to_tolerate_is_answered_once(quick_service: Service, request_bytes: bytes) -> None:
     answers = responses(exchange(quick_service.port, request_bytes))
     assert [answer.status for answer in answers] == [200]
+
+
+def test_client_that_expects_100_continue_is_told_once_and_then_answered(
+    database: Database, quick_service: Service
+) -> None:
+    head = b"PUT /hello/Expected HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 29\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", quick_service.port), timeout=10) as client:
+        for content in (DATE, DATE):
+            client.sendall(head)
+            assert client.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            client.sendall(content[:9])
+            client.sendall(content[9:])
+            assert client.recv(1000).startswith(b"HTTP/1.1 204 ")
+        client.sendall(head + DATE)  # it did not wait: there is nothing left to tell
+        assert client.recv(1000).startswith(b"HTTP/1.1 204 ")
+    assert database.rows()["Expected"].year == 1990
 
 
 def test_request_hidden_in_a_body_is_not_executed(database: Database, quick_service: Service) -> None:

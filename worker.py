@@ -153,7 +153,7 @@ class Reader:
         environ = self.common.copy()
         hosts = 0
         for name, value in self.headers:
-            key, text = key_of(name), value.decode("latin-1")
+            key, text = key_of(name), value.strip(b" \t").decode("latin-1")
             hosts += key == "HTTP_HOST"
             if key:
                 environ[key] = f"{environ[key]},{text}" if key in environ else text

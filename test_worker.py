@@ -1,0 +1,203 @@
+"""What worker.py makes of a client's bytes: environs of whole requests (PEP 3333), or a refusal.
+
+That a running service keeps to it, whatever a client sends, is in test_resilience.py.
+"""
+
+import sys
+from typing import Any
+from wsgiref.types import WSGIEnvironment
+from wsgiref.validate import check_environ
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import worker
+
+COMMON = {
+    "SCRIPT_NAME": "",
+    "SERVER_NAME": "127.0.0.1",
+    "SERVER_PORT": "8080",
+    "wsgi.version": (1, 0),
+    "wsgi.url_scheme": "http",
+    "wsgi.errors": sys.stderr,
+    "wsgi.multithread": True,
+    "wsgi.multiprocess": True,
+    "wsgi.run_once": False,
+}
+GET = b"GET /hello/Zoe HTTP/1.1\r\nHost: a\r\n\r\n"
+PUT = b"PUT /hello/Zoe HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc"
+CHUNKED = b"PUT /hello/Zoe HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n2;x=y\r\nbc\r\n0\r\nX: z\r\n\r\n"
+
+
+def read(*parts: bytes) -> worker.Reader:
+    reader = worker.Reader(COMMON)
+    for part in parts:
+        reader.feed(part)
+    return reader
+
+
+def first(request: bytes) -> WSGIEnvironment:
+    """Return the environ of the one request that there is."""
+    reader = read(request)
+    assert reader.refusal is None
+    ((environ, _),) = reader.whole
+    return environ
+
+
+@pytest.mark.parametrize("request_bytes", [GET, PUT, CHUNKED], ids=["GET", "PUT", "chunked"])
+def test_environ_is_what_pep_3333_wants(request_bytes: bytes) -> None:
+    check_environ(first(request_bytes))
+
+
+@pytest.mark.parametrize(
+    ("target", "path", "query"),
+    [
+        ("/hello/Zoe", "/hello/Zoe", ""),
+        ("/hello/Zo%C3%AB?a=%41&b", "/hello/Zo\xc3\xab", "a=%41&b"),
+        ("/a%2Fb%00%3Fc??d", "/a/b\0?c", "?d"),
+        ("//hello/Zoe", "//hello/Zoe", ""),
+        ("/hello/100%", "/hello/100%", ""),
+        ("http://b:80/hello/Zoe?a=b", "/hello/Zoe", "a=b"),
+        ("http://b", "", ""),
+        ("*", "*", ""),
+    ],
+)
+def test_target_is_split_into_path_and_query(target: str, path: str, query: str) -> None:
+    environ = first(b"GET %b HTTP/1.1\r\nHost: a\r\n\r\n" % target.encode())
+    assert (environ["PATH_INFO"], environ["QUERY_STRING"]) == (path, query)
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        (b"X-Request-Id: a", {"HTTP_X_REQUEST_ID": "a"}),
+        (b"x-request-ID:a ", {"HTTP_X_REQUEST_ID": "a"}),
+        (b"X-A: b\r\nX-A: c", {"HTTP_X_A": "b,c"}),
+        (b"X-A: \xe9", {"HTTP_X_A": "\xe9"}),
+        (b"Content-Type: text/plain", {"CONTENT_TYPE": "text/plain"}),
+        (b"Content-Length: 0", {"CONTENT_LENGTH": "0"}),
+        (b"X_Request_Id: a", {}),
+        (b"Content_Length: 7", {}),
+        (b"X-Forwarded-For: b\r\nX-Forwarded-Proto: https", {"HTTP_X_FORWARDED_FOR": "b", "HTTP_X_FORWARDED_PROTO": "https"}),
+        (b"Script-Name: /hello\r\nServer-Port: 8081", {"HTTP_SCRIPT_NAME": "/hello", "HTTP_SERVER_PORT": "8081"}),
+    ],
+)  # fmt: skip
+def test_header_is_in_the_environ_under_its_own_key_and_sets_nothing_else(
+    headers: bytes, expected: dict[str, str]
+) -> None:
+    environ = first(b"GET / HTTP/1.1\r\nHost: a\r\n%b\r\n\r\n" % headers)
+    own = {"HTTP_HOST": "a", "REQUEST_METHOD": "GET", "SERVER_PROTOCOL": "HTTP/1.1", "PATH_INFO": "/"}
+    assert {name: text for name, text in environ.items() if name != "wsgi.input"} == {
+        **COMMON,
+        **own,
+        "QUERY_STRING": "",
+        **expected,
+    }
+
+
+@pytest.mark.parametrize("request_bytes", [PUT, CHUNKED], ids=["length", "chunked"])
+def test_content_is_read_whole_and_no_further(request_bytes: bytes) -> None:
+    environ = first(request_bytes)
+    assert environ["wsgi.input"].read() == b"abc"
+
+
+@pytest.mark.parametrize(
+    ("version", "headers", "is_last"),
+    [
+        ("1.1", "", False),
+        ("1.1", "Connection: close\r\n", True),
+        ("1.1", "Connection: x, Close\r\n", True),
+        ("1.0", "", True),
+        ("1.0", "Connection: keep-alive\r\n", False),
+        ("1.1", "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: a\r\n", True),
+    ],
+)
+def test_request_says_whether_another_may_follow(version: str, headers: str, is_last: bool) -> None:
+    reader = read(f"GET / HTTP/{version}\r\nHost: a\r\n{headers}\r\n".encode())
+    assert [last for _, last in reader.whole] == [is_last]
+    assert reader.refusal is None
+
+
+STREAM = b"".join([GET, PUT, CHUNKED, b"\r\n", PUT, GET])
+
+
+@given(st.lists(st.integers(0, len(STREAM))).map(sorted))
+@settings(max_examples=300, deadline=None)
+def test_requests_are_the_same_however_the_network_cuts_them(cuts: list[int]) -> None:
+    parts = [STREAM[start:end] for start, end in zip([0, *cuts], [*cuts, len(STREAM)], strict=True)]
+    reader = read(*filter(None, parts))
+    found = [(environ["REQUEST_METHOD"], environ["wsgi.input"].read()) for environ, _ in reader.whole]
+    assert found == [("GET", b""), ("PUT", b"abc"), ("PUT", b"abc"), ("PUT", b"abc"), ("GET", b"")]
+    assert not reader.has_begun
+    assert reader.refusal is None
+
+
+@pytest.mark.parametrize("rest", [b"\r\n", b"G", GET[:-1], PUT[:-1], CHUNKED[:-1]])
+def test_request_that_is_not_complete_has_begun_and_has_a_bound(rest: bytes) -> None:
+    reader = read(GET, rest)
+    assert reader.has_begun
+    assert 0 < reader.seconds_left() <= 10
+    assert len(reader.whole) == 1
+
+
+def test_content_has_a_bound_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "CONTENT_TIMEOUT", 99)
+    head, content = PUT[:-3], PUT[-3:-1]
+    assert read(head[:-1]).seconds_left() <= 10
+    assert 98 < read(head[:-1], head[-1:]).seconds_left() <= 99
+    assert 98 < read(head + content).seconds_left() <= 99
+
+
+@pytest.mark.parametrize(
+    ("parts", "refusal"),
+    [
+        ([b"GET /" + b"a" * 8190], worker.LONG_TARGET),
+        ([b"GET /", *[b"a" * 100] * 82], worker.LONG_TARGET),
+        ([GET[:-2], b"X-A: " + b"a" * 4094 + b"\r\n\r\n"], worker.LONG_HEAD),
+        ([GET[:-2], *[b"X-A: b\r\n"] * 64, b"\r\n"], worker.LONG_HEAD),
+        ([GET[:-2] + b"X-A: ", *[b"a" * 8192] * 5], worker.LONG_HEAD),
+        ([b"\r\n" * 4096] * 5, worker.LONG_HEAD),
+        ([GET[:-2], b"Expect: nothing\r\n\r\n"], worker.UNEXPECTED),
+        ([CHUNKED[:-9], b"zz\r\n"], worker.BAD_CONTENT),
+        ([GET[:-2], b"Host: a\r\n\r\n"], worker.MALFORMED),
+    ],
+)
+def test_request_beyond_a_bound_is_refused_and_those_before_it_are_not(
+    parts: list[bytes], refusal: worker.Refusal
+) -> None:
+    reader = read(GET, *parts)
+    assert reader.refusal is refusal
+    assert len(reader.whole) == 1
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [b"GET /" + b"a" * 8189 + GET[14:]],
+        [GET[:-2], b"X-A: " + b"a" * 4093 + b"\r\n", *[b"X-A: b\r\n"] * 62, b"\r\n"],
+        [GET[:-2], b"Expect: 100-Continue\r\n\r\n"],
+        [b"GET / HTTP/1.0\r\nExpect: nothing\r\n\r\n"],
+    ],
+)
+def test_request_at_a_bound_is_read(parts: list[bytes]) -> None:
+    reader = read(*parts)
+    assert reader.refusal is None
+    assert len(reader.whole) == 1
+
+
+def test_content_beyond_64_kib_ends_the_reading() -> None:
+    reader = read(PUT.replace(b"3", b"99999", 1), b"a" * 65536)
+    ((environ, is_last),) = reader.whole
+    assert is_last
+    assert len(environ["wsgi.input"].read()) == 65539
+
+
+def test_defect_in_a_callback_is_no_fault_of_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(worker.Reader, "split_target", fail)
+    with pytest.raises(worker.HttpParserCallbackError) as raised:
+        read(GET)
+    assert isinstance(raised.value.__context__, ZeroDivisionError)
