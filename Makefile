@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 VENV ?= .venv
 # Where the embedded Postgres of `make run` keeps its data
 DATA ?= .postgres
-# What `make test` gives to pytest, and `make bench` to bench/run.py: `make test ARGS='-k birthday'`,
+# What `make test` gives to pytest, `make sabotage` and `make bench` to theirs: `make test ARGS='-k birthday'`,
 # `make bench ARGS='--rounds 2 --only hello,fastapi'`
 ARGS ?=
 
@@ -24,6 +24,10 @@ run: $(VENV)/run ## Serve on PORT (8080), with an embedded Postgres unless PGHOS
 .PHONY: test
 test: $(VENV)/dev ## Run every test, against real Postgres servers of its own
 	@$(VENV)/bin/python -m pytest $(ARGS)
+
+.PHONY: sabotage
+sabotage: $(VENV)/dev ## Break what protects the service, one thing at a time, and see that its test fails
+	@$(VENV)/bin/python sabotage.py $(ARGS)
 
 .PHONY: lint
 lint: $(VENV)/dev ## Check style and format

@@ -210,7 +210,7 @@ def test_name_server_that_is_silent_is_503_within_5_s_and_livez_stays_fast(
     if os.geteuid() != 0 or shutil.which("unshare") is None:
         pytest.skip("only root may give a process a resolv.conf of its own; test_hello.py tests the lookup itself")
     address = f"127.53.{random.randrange(256)}.{random.randrange(1, 255)}"
-    (tmp_path / "resolv.conf").write_text(f"nameserver {address}\noptions timeout:2 attempts:1\n")
+    (tmp_path / "resolv.conf").write_text(f"nameserver {address}\noptions timeout:10 attempts:1\n")
     script = f'mount --bind {tmp_path}/resolv.conf /etc/resolv.conf && exec "$@"'
     environment = database.service_environment | {"PGHOST": "database.example"}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as name_server:
@@ -272,6 +272,7 @@ def test_table_locked_under_load_is_503_within_5_s(
 def test_no_connection_left_for_us_is_503_and_recovers_by_itself(
     database: Database, service: Service, figures: Callable[[str], None]
 ) -> None:
+    warm_up(database, service)
     database.query("CREATE ROLE other LOGIN")
     database.disconnect_service()
     with contextlib.ExitStack() as others:
@@ -717,6 +718,8 @@ def test_slow_clients_do_not_slow_a_normal_one_and_are_closed(
         assert [connection.recv(1) for connection in idle] == [b""] * len(idle)
         idle_end = time.monotonic() - opened
 
+    assert len(ends) == 500
+
     def at(sample: list[float], share: float) -> float:
         return sample[int(share * len(sample))] * 1000
 
@@ -725,7 +728,6 @@ def test_slow_clients_do_not_slow_a_normal_one_and_are_closed(
         f"{at(among, 0.5):.2f} ms, 95 % below {at(alone, 0.95):.2f} and {at(among, 0.95):.2f} ms; slow ones closed "
         f"after {ends[0]:.1f} to {ends[-1]:.1f} s (bound 3), idle ones after {idle_end:.1f} s (bound 4)"
     )
-    assert len(ends) == 500
     assert 2.5 < ends[0]
     assert ends[-1] < 3 + 2
     assert idle_end < 4 + 2
@@ -892,17 +894,19 @@ def test_malformed_request_is_4xx_or_a_close_and_hides_no_second_one(
 
 
 @pytest.mark.parametrize(
-    "request_bytes",
-    [b"\r\n" * 3 + SMUGGLED, SMUGGLED.replace(b" ", b"  ", 1), SMUGGLED.replace(b"Host: a", b"host:\ta ")],
-    ids=[
-        "blank lines before it (RFC 9112, 2.2)",
-        "two spaces (RFC 9112, 3)",
-        "white space around a value (RFC 9112, 5)",
+    ("request_bytes", "status"),
+    [
+        (b"\r\n" * 3 + SMUGGLED, 200),
+        (SMUGGLED.replace(b" ", b"  ", 1), 200),
+        (b"PUT /hello/Smuggled HTTP/1.1\r\nhost:\ta \r\nCONTENT-LENGTH:29 \t\r\n\r\n" + DATE, 204),
     ],
+    ids=["blank lines (RFC 9112, 2.2)", "two spaces (RFC 9112, 3)", "white space around a value (RFC 9112, 5)"],
 )
-def test_request_that_http_tells_to_tolerate_is_answered_once(quick_service: Service, request_bytes: bytes) -> None:
+def test_request_that_http_tells_to_tolerate_is_answered_once(
+    quick_service: Service, request_bytes: bytes, status: int
+) -> None:
     answers = responses(exchange(quick_service.port, request_bytes))
-    assert [answer.status for answer in answers] == [200]
+    assert [answer.status for answer in answers] == [status]
 
 
 def test_client_that_expects_100_continue_is_told_once_and_then_answered(
@@ -1032,6 +1036,7 @@ PIECES = [
     b":",
     b"\xff",
     b"%00",
+    b"%ff",
     b"%",
     b"/",
     b"?",
