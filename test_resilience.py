@@ -1056,7 +1056,9 @@ SEEDS = [
     GET + b"\r\n" + SMUGGLED,
 ]
 MUTATIONS = st.lists(
-    st.tuples(st.floats(0, 1), st.integers(0, 9), st.sampled_from(PIECES) | st.binary(max_size=4)), min_size=1
+    st.tuples(st.integers(0, 99), st.integers(0, 9), st.sampled_from(PIECES) | st.binary(max_size=4)),
+    min_size=1,
+    max_size=4,  # of many, hardly one would reach the application
 )
 
 
@@ -1085,10 +1087,9 @@ def test_any_bytes_are_never_5xx(database: Database, quick_service: Service, fig
 
     @given(st.sampled_from(SEEDS), MUTATIONS)
     @settings(max_examples=1000, deadline=None, database=None)
-    def check(seed: bytes, mutations: list[tuple[float, int, bytes]]) -> None:
+    def check(seed: bytes, mutations: list[tuple[int, int, bytes]]) -> None:
         for place, dropped, piece in mutations:
-            start = int(place * len(seed))
-            seed = seed[:start] + piece + seed[start + dropped :]
+            seed = seed[:place] + piece + seed[place + dropped :]
         for answer in responses(exchange(quick_service.port, seed)):
             statuses[answer.status] += 1
             assert answer.status < 500
