@@ -101,6 +101,10 @@ bench: $(VENV)/bench/ready ## Measure the service beside its limits and what peo
 bench-growth: $(VENV)/bench/ready ## Measure the service with 10 thousand, 1 million and 10 million users
 	@$(VENV)/bench/bin/python bench/run.py --growth $(ARGS)
 
+.PHONY: bench-profile
+bench-profile: $(VENV)/bench/ready ## Say where a worker's time goes, and what a request costs
+	@$(VENV)/bench/bin/python bench/profile.py
+
 # A virtual environment of its own: the peers and their dependencies are no business of the tests.
 $(VENV)/bench/ready: bench/requirements.txt | $(VENV)/bin/python
 	@command -v wrk >/dev/null || { apt-get update -qq && apt-get install -y -qq wrk; } >/dev/null 2>&1 || \

@@ -266,9 +266,15 @@ class Batch:
     """Rows that share a statement, and what came of each: a result or an exception."""
 
     def __init__(self) -> None:
+        self.began = monotonic()
         self.rows: list[Any] = []
         self.results: list[Any] = []
         self.done = threading.Event()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it may grow: not for long, because all of it gives up when the first row has waited too long."""
+        return len(self.rows) < BATCH_SIZE and monotonic() - self.began < QUEUE_TIMEOUT / 10
 
 
 class Batcher:
@@ -290,7 +296,7 @@ class Batcher:
     def __call__(self, row: Any) -> Any:
         """Return the statement's result for a row; raise Unavailable."""
         with self.lock:
-            if not self.waiting or len(self.waiting[-1].rows) == BATCH_SIZE:
+            if not self.waiting or not self.waiting[-1].is_open:
                 self.waiting.append(Batch())
             batch = self.waiting[-1]
             place = len(batch.rows)

@@ -8,7 +8,8 @@ Settings (environment variables)
     TELEMETRY     off: no metrics, no request lines, no request ids, to measure what they cost (default on)
 
 Whatever is written here is about a route, never about a user: no path, query string, username, date of birth, and
-of an exception its class and its place, because its text may quote any of these.
+of an exception its class and its place, because its text may quote any of these. Only the ids of a request and its
+trace are as its client chose them.
 
 gunicorn's master imports this module before its workers make the standard library cooperative: so nothing of that
 library which waits is imported by name, and neither is hello.
@@ -38,7 +39,7 @@ from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
-METRICS_PORT = os.environ.get("METRICS_PORT") or "8081"
+METRICS_PORT = str(int(os.environ.get("METRICS_PORT") or "8081"))  # as the environ has it
 LOG_FORMAT = os.environ.get("LOG_FORMAT") or ("text" if sys.stdout.isatty() else "json")
 LOG_LEVEL = os.environ.get("LOG_LEVEL") or "info"
 IS_ON = os.environ.get("TELEMETRY") != "off"

@@ -569,6 +569,29 @@ def test_sigterm_answers_what_was_begun_and_closes_what_is_idle(
     assert database.rows()["Locked"].year == 1991
 
 
+def test_sigterm_closes_the_idle_though_one_of_them_went_away_itself(database: Database, tmp_path: Path) -> None:
+    with (
+        Service(tmp_path, database.service_environment, WEB_CONCURRENCY="1") as service,
+        contextlib.ExitStack() as stack,
+    ):
+        idle = [stack.enter_context(contextlib.closing(service.connect())) for _ in range(12)]
+        for connection in idle:
+            assert connection.ask("GET", "/livez").status == 200
+        (worker,) = map(psutil.Process, service.workers())
+        worker.terminate()
+        time.sleep(0.5)  # it has begun to drain, which takes a second
+        worker.suspend()  # so that it learns of those below no sooner than it closes the others
+        time.sleep(1)
+        for connection in idle[::2]:
+            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+            connection.close()
+        worker.resume()
+        resumed = time.monotonic()
+        assert [connection.sock.recv(1) for connection in idle[1::2]] == [b""] * 6
+        assert time.monotonic() - resumed < 2
+        assert "uncaught" not in service.log.read_text()
+
+
 def test_answer_that_outlasts_the_draining_closes_its_connection(database: Database, tmp_path: Path) -> None:
     environment = database.service_environment | {"STATEMENT_TIMEOUT": "2.5"}
     with Service(tmp_path, environment) as service, contextlib.closing(service.connect()) as connection:
@@ -734,6 +757,50 @@ def test_slow_clients_do_not_slow_a_normal_one_and_are_closed(
     assert statistics.median(among) < 2 * statistics.median(alone)
 
 
+@pytest.mark.parametrize(
+    ("opening", "flood", "is_closed"),
+    [
+        (b"", b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n" * 2000, False),
+        (b"PUT /hello/Flood HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nA: ", b"a" * 65536, True),
+        (b"PUT /hello/Flood HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1;", b"a" * 65536, True),
+    ],
+    ids=["requests", "trailer", "chunk extension"],
+)
+def test_client_that_sends_without_end_does_not_stop_the_others_of_its_worker(
+    database: Database, tmp_path: Path, figures: Callable[[str], None], opening: bytes, flood: bytes, is_closed: bool
+) -> None:
+    with (
+        Service(tmp_path, database.service_environment, WEB_CONCURRENCY="1") as service,
+        contextlib.closing(service.connect()) as normal,
+        socket.create_connection(("127.0.0.1", service.port), timeout=5) as greedy,
+    ):
+        in_thread(read_all, greedy)
+        greedy.sendall(opening)
+        sending = in_thread(flood_until, greedy, flood, time.monotonic() + 2)
+        slowest, number = 0.0, 0
+        while not sending.done() or number < 20:
+            slowest = max(slowest, normal.ask("GET", "/livez").seconds)
+            number += 1
+        memory = service.pss()
+    sent, was_closed = sending.result()
+    figures(f"{sent / 1e6:.0f} MB sent; {number} requests of another meanwhile, slowest {slowest:.2f} s")
+    assert slowest < 0.5
+    assert memory < 100
+    assert was_closed == is_closed
+
+
+def flood_until(client: socket.socket, data: bytes, end: float) -> tuple[int, bool]:
+    """Send data again and again until a moment; return how many bytes went out, and whether the peer closed before."""
+    sent = 0
+    while time.monotonic() < end:
+        try:
+            client.sendall(data)
+        except OSError:
+            return sent, True
+        sent += len(data)
+    return sent, False
+
+
 def test_client_that_does_not_read_is_closed(database: Database, tmp_path: Path) -> None:
     environment = database.service_environment | {"SEND_TIMEOUT": "1"}
     with Service(tmp_path, environment) as service, socket.create_connection(("127.0.0.1", service.port)) as client:
@@ -888,6 +955,7 @@ def test_malformed_request_is_4xx_or_a_close_and_hides_no_second_one(
     for answer in answers:
         assert 400 <= answer.status < 500
         assert answer.headers["Connection"] == "close"
+        assert answer.headers["Date"]
         assert "esame" not in answer.text
     assert b"Smuggled" not in data
     assert "Sesame" not in database.rows()
@@ -999,6 +1067,23 @@ def test_request_that_stalls_is_408(database: Database, quick_service: Service, 
         (answer,) = responses(read_all(client))
     assert answer.status == 408
     assert "Sesame" not in database.rows()
+
+
+def test_request_that_waits_behind_others_of_its_pipeline_is_not_late(
+    database: Database, quick_service: Service
+) -> None:
+    requests = SMUGGLED * 2 + b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n"
+    with database.locked("LOCK TABLE users"):  # for longer than HEAD_TIMEOUT, which is 1 here
+        found = responses(exchange(quick_service.port, requests[:-9], requests[-9:], pause=0.1))
+    assert [answer.status for answer in found] == [503, 503, 200]
+
+
+def test_blank_line_on_an_idle_connection_is_no_request_that_is_late(quick_service: Service) -> None:
+    with socket.create_connection(("127.0.0.1", quick_service.port), timeout=10) as client:
+        client.sendall(SMUGGLED)
+        assert client.recv(1000).startswith(b"HTTP/1.1 200 ")
+        client.sendall(b"\r\n")
+        assert read_all(client) == b""
 
 
 def test_clients_that_reset_their_connections_leave_no_trace(quick_service: Service) -> None:

@@ -3,7 +3,9 @@
 That a running service keeps to it, whatever a client sends, is in test_resilience.py.
 """
 
+import gc
 import sys
+import weakref
 from typing import Any
 from wsgiref.types import WSGIEnvironment
 from wsgiref.validate import check_environ
@@ -110,13 +112,46 @@ def test_content_is_read_whole_and_no_further(request_bytes: bytes) -> None:
         ("1.1", "Connection: x, Close\r\n", True),
         ("1.0", "", True),
         ("1.0", "Connection: keep-alive\r\n", False),
-        ("1.1", "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: a\r\n", True),
+        ("1.1", "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: a\r\n", False),
+        ("1.0", "Connection: Upgrade\r\nUpgrade: h2c\r\n", True),
     ],
 )
 def test_request_says_whether_another_may_follow(version: str, headers: str, is_last: bool) -> None:
     reader = read(f"GET / HTTP/{version}\r\nHost: a\r\n{headers}\r\n".encode())
     assert [last for _, last in reader.whole] == [is_last]
     assert reader.refusal is None
+
+
+@pytest.mark.parametrize("request_bytes", [GET, PUT, CHUNKED], ids=["GET", "length", "chunked"])
+def test_upgrade_is_ignored_and_the_request_read_whole(request_bytes: bytes) -> None:
+    upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: a\r\n"
+    head, _, content = request_bytes.partition(b"\r\n\r\n")
+    upgrading = head + b"\r\n" + upgrade + b"\r\n" + content
+    for parts in ([upgrading * 2 + GET], [upgrading[:-2], upgrading[-2:] + upgrading, GET]):
+        reader = read(*parts)
+        assert reader.refusal is None
+        expected = first(request_bytes)["wsgi.input"].read()
+        contents = [environ["wsgi.input"].read() for environ, is_last in reader.whole if not is_last]
+        assert contents == [expected, expected, b""]
+        assert all("HTTP_UPGRADE" not in environ for environ, _ in reader.whole)
+
+
+def test_tunnel_is_the_last_request() -> None:
+    reader = read(b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n" + GET)
+    ((environ, is_last),) = reader.whole
+    assert (environ["REQUEST_METHOD"], is_last) == ("CONNECT", True)
+
+
+def test_reader_that_is_done_with_leaves_nothing_for_the_garbage_collector() -> None:
+    reader = read(PUT[:-1])
+    trace = weakref.ref(reader)
+    gc.disable()
+    try:
+        reader.parser = None
+        del reader
+        assert trace() is None
+    finally:
+        gc.enable()
 
 
 STREAM = b"".join([GET, PUT, CHUNKED, b"\r\n", PUT, GET])
@@ -160,6 +195,8 @@ def test_content_has_a_bound_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None
         ([b"\r\n" * 4096] * 5, worker.LONG_HEAD),
         ([GET[:-2], b"Expect: nothing\r\n\r\n"], worker.UNEXPECTED),
         ([CHUNKED[:-9], b"zz\r\n"], worker.BAD_CONTENT),
+        ([CHUNKED[:-4], *[b"a" * 8192] * 20], worker.BAD_CONTENT),
+        ([CHUNKED[:-9] + b"1;x=", *[b"a" * 8192] * 20], worker.BAD_CONTENT),
         ([GET[:-2], b"Host: a\r\n\r\n"], worker.MALFORMED),
     ],
 )

@@ -10,9 +10,10 @@ Settings (environment variables)
     KEEPALIVE_TIMEOUT   seconds an idle connection is kept (default 75)
     HEAD_TIMEOUT        seconds a client may take to send a request's head (default 10)
     CONTENT_TIMEOUT     seconds a client may take to send a request's content (default 10)
-    SEND_TIMEOUT        seconds a client may take nothing of what is sent to it (default 10)
+    SEND_TIMEOUT        seconds a client may take to receive an answer (default 10)
 """
 
+import contextlib
 import io
 import mmap
 import os
@@ -55,8 +56,10 @@ MAX_TARGET_BYTES = 8190  # a name of 2,500 bytes, percent-encoded, has 7,500
 MAX_HEADERS, MAX_HEADER_BYTES = 64, 4096  # those of a browser or a proxy are far below
 MAX_HEAD_BYTES = 32768  # while it is incomplete
 MAX_CONTENT_BYTES = 65536  # read, so that the connection can go on; hello refuses far less
+MAX_REQUEST_BYTES = 163840  # with what chunks add, and with trailers
 SHARE_SECONDS = 0.001  # how long a worker with more connections than another leaves the next one to it
 DRAIN_SECONDS = 1  # how long a connection that is being closed may still talk
+YIELD_SECONDS = 1e-6  # with 0, gevent would not look for what others have sent
 
 # --- Requests ---------------------------------------------------------------------------------------
 
@@ -106,8 +109,8 @@ class Reader:
 
     def expect_next(self) -> None:
         self.has_begun = False
-        self.phase_began: float | None = None  # that of its head, then that of its content, in monotonic seconds
-        self.received = 0  # bytes of its head
+        self.phase_began: float | None = None  # when its head, then when its content was first waited for
+        self.received = 0  # bytes
         self.target = b""
         self.headers: list[tuple[bytes, bytes]] = []
         self.environ: WSGIEnvironment | None = None  # where its head is complete
@@ -120,21 +123,37 @@ class Reader:
         self.received += len(data)
         try:
             self.parser.feed_data(data)
-        except HttpParserUpgrade:
-            pass  # the request is complete, and the last one
+        except HttpParserUpgrade as upgrade:
+            if self.environ:  # not CONNECT, which is complete, and the last one
+                self.ignore_upgrade(data[upgrade.args[0] :])
         except HttpParserError as error:
             if not isinstance(error, HttpParserCallbackError):
                 self.refusal = BAD_CONTENT if self.environ else MALFORMED
             elif not isinstance(error.__context__, Stop):
                 raise
-        if self.received > MAX_HEAD_BYTES and not self.environ:
+        if self.received > MAX_REQUEST_BYTES:
+            self.refusal = BAD_CONTENT
+        elif self.received > MAX_HEAD_BYTES and not self.environ:
             self.refusal = LONG_HEAD
-        if self.has_begun and self.phase_began is None:
-            self.phase_began = monotonic()
+
+    def ignore_upgrade(self, rest: bytes) -> None:
+        """Read a request again without its Upgrade: a server may ignore it (RFC 9110, section 7.8), httptools may not."""
+        line = b"%b %b %b" % (
+            self.environ["REQUEST_METHOD"].encode(),
+            self.target,
+            self.environ["SERVER_PROTOCOL"].encode(),
+        )
+        headers = [b"%b: %b" % (name, value) for name, value in self.headers if name.lower() != b"upgrade"]
+        self.parser = HttpRequestParser(self)
+        self.expect_next()
+        self.feed(b"\r\n".join([line, *headers, b"", rest]))
 
     def seconds_left(self) -> float:
-        """Return how long the client may take for what it has begun."""
-        return self.phase_began + (CONTENT_TIMEOUT if self.environ else HEAD_TIMEOUT) - monotonic()
+        """Return how long the client may take for what it has begun; the first call for a phase begins it."""
+        now = monotonic()
+        if self.phase_began is None:
+            self.phase_began = now
+        return self.phase_began + (CONTENT_TIMEOUT if self.environ else HEAD_TIMEOUT) - now
 
     def on_message_begin(self) -> None:
         self.has_begun = True
@@ -188,7 +207,9 @@ class Reader:
             raise Stop
 
     def on_message_complete(self) -> None:
-        self.finish(is_last=not self.parser.should_keep_alive() or self.parser.should_upgrade())
+        is_tunnel = self.environ["REQUEST_METHOD"] == "CONNECT"
+        if is_tunnel or not self.parser.should_upgrade():
+            self.finish(is_last=is_tunnel or not self.parser.should_keep_alive())
 
     def finish(self, *, is_last: bool) -> None:
         self.environ["wsgi.input"] = io.BytesIO(self.content)
@@ -233,8 +254,9 @@ class Server(StreamServer):
 
     def close(self) -> None:
         HELD[self.number] = ABSENT
-        while self.started and not self.full() and (arrival := super().do_read()):
-            self.do_handle(*arrival)
+        with contextlib.suppress(OSError):  # no file is left to take one in with
+            while self.started and not self.full() and (arrival := super().do_read()):
+                self.do_handle(*arrival)
         super().close()
 
 
@@ -268,7 +290,8 @@ class Worker(ggevent.GeventWorker):
 
     def close_idle(self) -> None:
         while self.idle:
-            self.idle.pop().shutdown(socket.SHUT_RD)
+            with contextlib.suppress(OSError):  # it went away by itself
+                self.idle.pop().shutdown(socket.SHUT_RD)
 
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
         """Serve one connection until either side has had enough."""
@@ -276,7 +299,11 @@ class Worker(ggevent.GeventWorker):
             HELD[Server.number] += 1
         try:
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.converse(client, Reader(self.common_environ(client.getsockname())))
+            reader = Reader(self.common_environ(client.getsockname()))
+            try:
+                self.converse(client, reader)
+            finally:
+                reader.parser = None  # and with it the cycle that would keep the last request until it is collected
             self.close_gently(client)
         except OSError:
             pass  # the client went away
@@ -304,11 +331,14 @@ class Worker(ggevent.GeventWorker):
         """Read requests and answer them, one after the other."""
         while not reader.refusal and (data := self.receive(client, reader)):
             reader.feed(data)
+            is_busy = len(reader.whole) > 1 or len(data) == RECEIVE_BYTES
             while reader.whole:
                 environ, is_last = reader.whole.popleft()
                 if not self.answer(client, environ, is_last=is_last):
                     return
-            if reader.is_expectant and reader.environ:
+            if is_busy:  # neither receiving nor sending may ever have to wait, and then nobody else would run
+                gevent.sleep(YIELD_SECONDS)
+            if reader.is_expectant and not reader.refusal:
                 reader.is_expectant = False
                 self.send(client, b"HTTP/1.1 100 Continue\r\n\r\n")
         if refusal := reader.refusal or (BAD_CONTENT if reader.environ else None):
@@ -324,7 +354,7 @@ class Worker(ggevent.GeventWorker):
                 return client.recv(RECEIVE_BYTES)
         except TimeoutError:
             pass
-        reader.refusal = LATE
+        reader.refusal = LATE if reader.target else None  # a blank line is no request yet
         return b""
 
     def wait_idle(self, client: Any) -> bytes:
@@ -356,7 +386,7 @@ class Worker(ggevent.GeventWorker):
         """Answer what is no request."""
         content = b'{"message": "%b"}' % refusal.message.encode()
         head = (
-            f"HTTP/1.1 {refusal.status.value} {refusal.status.phrase}\r\nConnection: close\r\n"
+            f"HTTP/1.1 {refusal.status.value} {refusal.status.phrase}\r\nDate: {http_date(int(time()))}\r\nConnection: close\r\n"
             "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(content)}\r\n\r\n"
         )

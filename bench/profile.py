@@ -62,14 +62,14 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def backends(service: Contestant) -> list[int]:
-    """Return Postgres' processes for a service: those that have its name."""
+def backends() -> list[int]:
+    """Return Postgres' processes that serve the one service there is."""
     found = subprocess.run(["pgrep", "-f", "postgres: postgres million "], capture_output=True, text=True, check=True)
     return list(map(int, found.stdout.split()))
 
 
 def system_calls(pid: int, folder: Path, service: Contestant, method: str) -> str:
-    """Return the system calls of a worker for a request, of those that are more than one in twenty requests."""
+    """Return a worker's system calls for each `sendto` (an answer or a statement), but those that are rare."""
     path = folder / "strace"
     command = ["timeout", "-s", "INT", str(SECONDS - 2), "strace", "-c", "-f", "-o", path, "-p", str(pid)]
     tracer = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -77,8 +77,8 @@ def system_calls(pid: int, folder: Path, service: Contestant, method: str) -> st
     tracer.wait()
     rows = re.findall(r"^ *[\d.]+ +[\d.]+ +\d+ +(\d+)(?: +\d+)? +(\w+)$", path.read_text(), re.MULTILINE)
     counts = {name: int(calls) for calls, name in rows}
-    answers = counts["sendto"] - counts.get("getpid", 0)
-    return ", ".join(f"{count / answers:.2f} `{name}`" for name, count in counts.items() if count > answers / 20)
+    share = {name: count / counts["sendto"] for name, count in counts.items() if name != "total"}
+    return ", ".join(f"{calls:.2f} `{name}`" for name, calls in share.items() if calls > 0.02)
 
 
 def main() -> None:
@@ -99,16 +99,16 @@ def main() -> None:
                 for stack, count in stacks:
                     counts[part_of(stack)] += int(count)
                 shares[method] = {part: counts[part] / counts.total() for part in PARTS}
-                before = cpu_seconds(workers), cpu_seconds(backends(service))
+                before = cpu_seconds(workers), cpu_seconds(backends())
                 rate = load(service, method, SECONDS, users=USERS).rate
-                spent = cpu_seconds(workers) - before[0], cpu_seconds(backends(service)) - before[1]
+                spent = cpu_seconds(workers) - before[0], cpu_seconds(backends()) - before[1]
                 worker, database = (seconds / (rate * SECONDS) * 1e6 for seconds in spent)
                 costs.append(
                     f"{method}: {rate:,.0f}/s; CPU for each: {worker:.0f} µs of a worker, {database:.0f} µs of Postgres"
                 )
                 if shutil.which("strace"):
                     costs[-1] += (
-                        f"; system calls of a worker: {system_calls(workers[0], Path(folder), service, method)}"
+                        f"; system calls for each `sendto`: {system_calls(workers[0], Path(folder), service, method)}"
                     )
     say("\n| part of a worker's time | GET | PUT |\n| --- | --- | --- |")
     for part in PARTS:
