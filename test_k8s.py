@@ -1149,16 +1149,20 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pod, Pod
             pytest.skip("no container engine answers `docker info`")
     except (FileNotFoundError, subprocess.TimeoutExpired):
         pytest.skip("there is no container engine here")
-    for _, _, spec in pods(PLAIN):
-        image = spec["containers"][0]["image"]
-        if docker("image", "inspect", image).returncode != 0:
-            pytest.skip(f"the image {image} is not here: `make build`, `docker pull postgres:18`")
+    if docker("image", "inspect", database(PLAIN)["containers"][0]["image"]).returncode != 0:
+        pytest.skip("the database's image is not here: `docker pull postgres:18`")
     prefix = f"hello-k8s-test{os.getpid()}"
+    # The image of this tree, and not whichever has the manifests' tag here.
+    image = f"hello:{prefix}"
+    subprocess.run(["make", "build", f"VERSION={prefix}"], cwd=ROOT, check=True, capture_output=True)
+    pod = copy.deepcopy(api(PLAIN))
+    for container in [*pod["initContainers"], *pod["containers"]]:
+        container["image"] = image
     folder = tmp_path_factory.mktemp("volumes")
     docker("network", "create", prefix)
     docker("volume", "create", f"{prefix}-data")
     store = Pod(f"{prefix}-database", database(PLAIN), PLAIN, folder, {"data": f"{prefix}-data"})
-    service = Pod(f"{prefix}-api", api(PLAIN), PLAIN, folder, {})
+    service = Pod(f"{prefix}-api", pod, PLAIN, folder, {})
     try:
         store.start("hello-database")
         service.start("hello-api", "--publish", "127.0.0.1::8080", "--publish", "127.0.0.1::8081")
@@ -1167,6 +1171,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pod, Pod
         docker("rm", "--force", "--volumes", store.name, service.name, f"{service.name}-init")
         docker("volume", "rm", f"{prefix}-data")
         docker("network", "rm", prefix)
+        docker("image", "rm", "--force", image)
 
 
 def birthday(name: str) -> str:
