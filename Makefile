@@ -41,7 +41,7 @@ format: $(VENV)/dev ## Put the code into the format that `make lint` checks
 
 .PHONY: lock
 lock: $(VENV)/dev ## Pin the newest dependencies, with hashes, in requirements*.txt
-	@for name in requirements requirements-run requirements-dev bench/requirements; do $(VENV)/bin/uv pip compile --quiet --upgrade \
+	@for name in requirements requirements-run requirements-dev bench/requirements docs/requirements; do $(VENV)/bin/uv pip compile --quiet --upgrade \
 		--universal --python-version 3.11 --generate-hashes --no-header $$name.in -o $$name.txt >/dev/null; done
 
 .PHONY: audit

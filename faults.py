@@ -251,7 +251,7 @@ class Service:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.process.terminate()
+        self.process.send_signal(signal.SIGQUIT)  # gunicorn's quick shutdown
         self.process.wait()
 
     def workers(self) -> list[int]:

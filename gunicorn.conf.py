@@ -101,6 +101,7 @@ def post_worker_init(worker: Any) -> None:
     gevent.get_hub().print_exception = telemetry.log_defect
     if telemetry.IS_ON:
         worker.wsgi = telemetry.Telemetry(worker.wsgi, hello, worker.number)
+        worker.observe_refusal = worker.wsgi.observe_refusal
 
 
 def child_exit(server: Any, worker: Any) -> None:

@@ -233,6 +233,8 @@ class Telemetry:
         text = "Time of a statement, with connecting and a second try."
         queries = metric(Histogram, "database_query_duration_seconds", text, "operation", buckets=SECONDS)
         batches = metric(Histogram, "database_batch_size", "Requests a statement served.", "operation", buckets=ROWS)
+        text = "What was no request: malformed, too long or too slow."
+        self.refused = metric(Counter, "http_requests_refused_total", text, "status")
         self.errors = metric(Counter, "database_errors_total", "Statements that failed.", "class")
         size = metric(Gauge, "database_pool_size", "Connections there may be.", "operation")
         in_use = metric(Gauge, "database_pool_in_use", "Connections that run a statement.", "operation")
@@ -259,6 +261,8 @@ class Telemetry:
             self.add_series(method, service.HELLO, status)
         for status in ("200", "503"):
             self.add_series("GET", "/readyz", status)
+        for status in ("400", "408", "414", "431"):
+            self.refused.labels(status)
         for name in ("OperationalError", "QueryCanceled", "TimeoutError"):
             self.errors.labels(name)
         service.observe = self.observe
@@ -295,6 +299,10 @@ class Telemetry:
             size = sum(map(len, content))
             self.log((time.time(), *key, seconds, size, request_id, trace_id_of(environ)))
         return content
+
+    def observe_refusal(self, status: int) -> None:
+        """Count what was answered before it was a request."""
+        self.refused.labels(str(status)).inc()
 
     def observe(self, statement: str, rows: int, seconds: float, error: BaseException | None) -> None:
         """Count a statement; log its failure, at most once a second for each class."""

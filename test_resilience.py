@@ -210,7 +210,7 @@ def test_name_server_that_is_silent_is_503_within_5_s_and_livez_stays_fast(
     if os.geteuid() != 0 or shutil.which("unshare") is None:
         pytest.skip("only root may give a process a resolv.conf of its own; test_hello.py tests the lookup itself")
     address = f"127.53.{random.randrange(256)}.{random.randrange(1, 255)}"
-    (tmp_path / "resolv.conf").write_text(f"nameserver {address}\noptions timeout:10 attempts:1\n")
+    (tmp_path / "resolv.conf").write_text(f"nameserver {address}\noptions timeout:6 attempts:1\n")
     script = f'mount --bind {tmp_path}/resolv.conf /etc/resolv.conf && exec "$@"'
     environment = database.service_environment | {"PGHOST": "database.example"}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as name_server:
@@ -436,7 +436,7 @@ def test_first_of_two_hosts_that_does_not_serve_is_passed_over(
         environment = hosts(primary, ("127.0.0.1", port), ("127.0.0.1", primary.settings["port"])) | UNTIL_READ_WRITE
         service = stack.enter_context(Service(tmp_path, environment))
         with Load(service) as load:
-            time.sleep(2)
+            time.sleep(1.5)
     figures(load.figures(primary))
     assert set(load.statuses) == {200, 204}
     assert load.slowest < 2  # CONNECT_TIMEOUT is 1
@@ -776,7 +776,7 @@ def test_client_that_sends_without_end_does_not_stop_the_others_of_its_worker(
     ):
         in_thread(read_all, greedy)
         greedy.sendall(opening)
-        sending = in_thread(flood_until, greedy, flood, time.monotonic() + 2)
+        sending = in_thread(flood_until, greedy, flood, time.monotonic() + 1.7)
         slowest, number = 0.0, 0
         while not sending.done() or number < 20:
             slowest = max(slowest, normal.ask("GET", "/livez").seconds)

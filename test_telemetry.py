@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -109,7 +110,7 @@ class Service:
         return [line for line in map(json.loads, self.output.read_text().splitlines()) if message in line["message"]]
 
     def stop(self) -> None:
-        self.process.terminate()
+        self.process.send_signal(signal.SIGQUIT)  # gunicorn's quick shutdown
         self.process.wait()
         self.reader.wait()
 
@@ -284,6 +285,19 @@ def test_metrics_of_odd_methods_and_paths_share_one_name(service: Service) -> No
         service.call(method, f"/odd/{method}?odd={method}")
     assert service.requests()["other", "unmatched", "404"] == 5
     assert not any(word in name.lower() for key in service.requests() for name in key for word in ("odd", "propfind"))
+
+
+def test_metrics_count_what_was_no_request(service: Service) -> None:
+    for request in (b"sesame\r\n\r\n", b"GET /sesame HTTP/1.1\r\n\r\n", b"GET /" + b"a" * 9000):
+        with socket.create_connection(("127.0.0.1", service.port), timeout=10) as client:
+            client.sendall(request)
+            assert client.recv(1000).startswith(b"HTTP/1.1 4")
+    assert {
+        status: count for (status,), count in service.metrics()["http_requests_refused_total"].items() if count
+    } == {
+        "400": 2,
+        "414": 1,
+    }
 
 
 def test_metrics_tell_what_runs(shared: Service) -> None:

@@ -59,6 +59,7 @@ MAX_CONTENT_BYTES = 65536  # read, so that the connection can go on; hello refus
 MAX_REQUEST_BYTES = 163840  # with what chunks add, and with trailers
 SHARE_SECONDS = 0.001  # how long a worker with more connections than another leaves the next one to it
 DRAIN_SECONDS = 1  # how long a connection that is being closed may still talk
+STOPPING = {signal.SIGTERM, signal.SIGQUIT, signal.SIGINT}
 YIELD_SECONDS = 1e-6  # with 0, gevent would not look for what others have sent
 
 # --- Requests ---------------------------------------------------------------------------------------
@@ -272,8 +273,8 @@ class Worker(ggevent.GeventWorker):
     """Serve keep-alive connections, one greenlet each."""
 
     def init_process(self) -> None:
-        """Start the worker; a SIGTERM that comes before it has its handlers waits until it has."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        """Start the worker; a signal to stop that comes before it has its handlers waits until it has."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         self.idle: set[Any] = set()
         Server.number = self.number % len(HELD)
         HELD[Server.number] = 0
@@ -281,7 +282,7 @@ class Worker(ggevent.GeventWorker):
 
     def init_signals(self) -> None:
         super().init_signals()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Stop gracefully: answers say `Connection: close`, then connections with nothing to say are closed."""
@@ -382,8 +383,12 @@ class Worker(ggevent.GeventWorker):
         self.send(client, "".join([head, *lines, "\r\n"]).encode("latin-1") + content)
         return not is_last
 
+    def observe_refusal(self, status: int) -> None:
+        """Do nothing: where telemetry is on, it puts itself here to learn of each refusal."""
+
     def refuse(self, client: Any, refusal: Refusal) -> None:
         """Answer what is no request."""
+        self.observe_refusal(refusal.status.value)
         content = b'{"message": "%b"}' % refusal.message.encode()
         head = (
             f"HTTP/1.1 {refusal.status.value} {refusal.status.phrase}\r\nDate: {http_date(int(time()))}\r\nConnection: close\r\n"
