@@ -89,7 +89,7 @@ SABOTAGES = [
     Sabotage("without_end and trailer", "worker.py", "        if self.received > MAX_REQUEST_BYTES:", "        if False:"),
     Sabotage("does_not_read", "worker.py", "client.settimeout(SEND_TIMEOUT)", "client.settimeout(None)"),
     # Hostile HTTP
-    Sabotage("malformed", "worker.py", "if hosts != 1 if version", "if False if version"),
+    Sabotage("malformed", "worker.py", "if hosts != 1:", "if False:"),
     Sabotage("malformed", "worker.py", "        self.whole: deque", "        self.parser.set_dangerous_leniencies(lenient_chunked_length=True)\n        self.whole: deque"),
     Sabotage("hidden_in_a_body", "worker.py", "        self.content += part\n", "        self.content += part\n        (inner := Reader(self.common)).feed(part)\n        self.whole += inner.whole\n"),
     Sabotage("tolerate", "worker.py", '.strip(b" \\t")', ""),

@@ -181,14 +181,19 @@ class Reader:
         environ["REQUEST_METHOD"] = self.parser.get_method().decode()
         environ["SERVER_PROTOCOL"] = f"HTTP/{version}"
         environ["PATH_INFO"], environ["QUERY_STRING"] = self.split_target()
-        # RFC 9112, section 6.1: version 1.0 has no codings, and who forwards one may not know where content ends.
-        if hosts != 1 if version == "1.1" else version != "1.0" or "HTTP_TRANSFER_ENCODING" in environ:
+        if version == "1.1":
+            if hosts != 1:
+                self.refuse(MALFORMED)
+            self.is_expectant = self.expects_100_continue(environ.get("HTTP_EXPECT"))
+        elif version != "1.0" or "HTTP_TRANSFER_ENCODING" in environ:
+            # RFC 9112, section 6.1: version 1.0 has no codings, and who forwards one may not know where content ends.
             self.refuse(MALFORMED)
-        if version == "1.1" and (expectation := environ.get("HTTP_EXPECT")):
-            self.is_expectant = expectation.lower() == "100-continue"
-            if not self.is_expectant:
-                self.refuse(UNEXPECTED)
         self.environ, self.phase_began = environ, None
+
+    def expects_100_continue(self, expectation: str | None) -> bool:
+        if expectation and expectation.lower() != "100-continue":
+            self.refuse(UNEXPECTED)
+        return expectation is not None
 
     def split_target(self) -> tuple[str, str]:
         """Return the path, its percent-encoded bytes as latin-1 (PEP 3333), and the query."""
