@@ -23,7 +23,7 @@ bind = [f"0.0.0.0:{os.environ.get('PORT') or 8080}"]
 metrics_port = os.environ.get("METRICS_PORT") or "8081"
 if not metrics_port.isdecimal() or not 0 <= int(metrics_port) <= 65535:
     sys.exit(f"METRICS_PORT={metrics_port!r} is no port: use a number up to 65535, or 0 for none")
-if metrics_port != "0":
+if metrics_port != "0" and os.environ.get("TELEMETRY") != "off":
     bind.append(f"{os.environ.get('METRICS_HOST') or '127.0.0.1'}:{metrics_port}")
 
 # With gunicorn's threads or its plain gevent worker, a hundred slow clients shut the others out, or hold their
@@ -92,7 +92,7 @@ def pre_fork(server: Any, worker: Any) -> None:
 
 
 def post_worker_init(worker: Any) -> None:
-    """Put telemetry around the application, and its log line in the place of gevent's traceback."""
+    """Put telemetry around the application and the refusals, and its log line in the place of gevent's traceback."""
     import gevent  # here, and not above: the master must not
 
     import hello

@@ -89,7 +89,7 @@ DATE = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")  # date.fromisoformat accepts mo
 EXAMPLE = '{"dateOfBirth": "YYYY-MM-DD"}'
 MAX_CONTENT_BYTES = 4096
 MAX_USERNAME_LETTERS = 255
-MAX_USERNAME_BYTES = 2500  # Postgres' index takes 2,704, a request line of 8,190 bytes 2,720
+MAX_USERNAME_BYTES = 2500  # Postgres' index takes 2,704, a target of 8,190 bytes 2,727
 
 ENCODE = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make one each time
 OPENAPI = Path(__file__).with_name("openapi.yaml").read_bytes()
@@ -248,7 +248,7 @@ def find(cursor: Any, usernames: list[str]) -> list[date | None]:
 
 
 def save(cursor: Any, rows: list[tuple[str, date]]) -> list[None]:
-    """Save dates of birth: of each username the last, and in one order, so that no two batches deadlock."""
+    """Save dates of birth (rows are pairs): of each username the last, and in one order, so that no two batches deadlock."""
     connection = cursor.connection
     usernames, dates = map(list, zip(*sorted(dict(rows).items()), strict=True))
     connection.notices.clear()  # of the login, for example

@@ -1,7 +1,7 @@
 """Break what protects the service, one thing at a time, and see that its test fails: `make sabotage`.
 
 A test that nobody has seen fail proves nothing. Each sabotage below is made in a copy of the tree, with the test that
-is there to notice it. The exit status is 1 where one went unnoticed. `python sabotage.py WORD ...`: only those whose
+is there to notice it. The exit status is 1 where one went unnoticed. `make sabotage ARGS='WORD ...'`: only those whose
 test or change has one of the words in it.
 """
 
@@ -124,7 +124,7 @@ def notices(sabotage: Sabotage, tree: Path) -> tuple[bool, str]:
 
 
 def main(words: list[str]) -> int:
-    """Make each sabotage; print what came of it; return how many went unnoticed."""
+    """Make each sabotage; print what came of it; return 1 where one went unnoticed, else 0."""
     chosen = [s for s in SABOTAGES if not words or any(word in "".join(s) for word in words)]
     unnoticed = 0
     with tempfile.TemporaryDirectory() as folder:

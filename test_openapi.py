@@ -37,7 +37,7 @@ FILE = ROOT / "openapi.yaml"
 DESCRIPTION: dict[str, Any] = yaml.safe_load(FILE.read_text())
 METHODS = {"get", "put", "post", "delete", "options", "head", "patch", "trace"}
 # Headers that HTTP itself defines for every response; Content-Type stands in the description as a key.
-HEADERS_OF_HTTP = {"server", "date", "connection", "content-length", "content-type"}
+HEADERS_OF_HTTP = {"date", "connection", "content-length", "content-type"}
 HEAD_TIMEOUT = 0.5  # seconds, so that the examples of a 408 do not take ten each
 
 

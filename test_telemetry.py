@@ -338,6 +338,8 @@ def test_telemetry_off_leaves_the_application_alone(schema: None, tmp_path: Path
     with serving(tmp_path, TELEMETRY="off") as service:
         assert "X-Request-Id" not in service.call("GET", "/hello/Zoe").headers
         assert service.lines() == []
+        with pytest.raises(urllib.error.URLError):
+            service.metrics()
 
 
 # --- Logs -------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ What it does that gunicorn's own gevent worker does not, each seen to matter (te
 a bound of its own for each phase of a connection (idle, head, content, sending); errors as JSON, and no word of a
 request in them or in the log; requests parsed by llhttp, the compiled parser of Node.js; one `send` a response;
 idle connections closed when the worker stops; and a closing that does not destroy the answer just sent.
-It serves applications that, like hello, return their content as a list and never call `write`.
+It serves applications that, like hello, return their content as a list and never call `write`. gunicorn's settings and
+hooks about requests (limit_request_*, keepalive, max_requests, access log, pre_request) have no effect here.
 
 Settings (environment variables)
     KEEPALIVE_TIMEOUT   seconds an idle connection is kept (default 75)
@@ -104,7 +105,7 @@ class Reader:
     def __init__(self, common: WSGIEnvironment) -> None:
         self.common = common
         self.parser = HttpRequestParser(self)
-        self.whole: deque[tuple[WSGIEnvironment, bool]] = deque()  # requests, and whether another may follow
+        self.whole: deque[tuple[WSGIEnvironment, bool]] = deque()  # requests, and whether each is the last
         self.refusal: Refusal | None = None  # of what follows them; nothing is read after it
         self.expect_next()
 
@@ -229,9 +230,10 @@ class Reader:
 
 # --- Connections ------------------------------------------------------------------------------------
 
-# How many connections each worker holds, at its number; ABSENT where none is. Made by the master, so shared by all.
+# How many connections each worker holds, at its number (gunicorn.conf.py's pre_fork); ABSENT where none is. Made by the master, so shared by all.
 HELD = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("i")[:64]
 ABSENT = 2**31 - 1
+close = os.close  # the system's own: gevent will put another in its place
 for place in range(len(HELD)):
     HELD[place] = ABSENT
 
@@ -260,9 +262,12 @@ class Server(StreamServer):
 
     def close(self) -> None:
         HELD[self.number] = ABSENT
-        with contextlib.suppress(OSError):  # no file is left to take one in with
-            while self.started and not self.full() and (arrival := super().do_read()):
-                self.do_handle(*arrival)
+        if self.started:
+            self.stop_accepting()
+            with contextlib.suppress(OSError):  # no file is left to take one in with
+                while not self.full() and (arrival := super().do_read()):
+                    self.do_handle(*arrival)
+            close(self.socket.detach())  # at once: gevent's close waits a round of its loop, and more arrive meanwhile
         super().close()
 
 

@@ -359,7 +359,18 @@ def described() -> str:
     model = ""
     with contextlib.suppress(OSError):
         model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1] + ", "
-    packages = ("gunicorn", "gevent", "psycopg2-binary", "flask", "falcon", "fastapi", "asyncpg", "uvicorn", "granian")
+    packages = (
+        "gunicorn",
+        "gevent",
+        "httptools",
+        "psycopg2-binary",
+        "flask",
+        "falcon",
+        "fastapi",
+        "asyncpg",
+        "uvicorn",
+        "granian",
+    )
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
     settings = ", ".join(f"{name}={value}" for name, value in SETTINGS.items())
     return (

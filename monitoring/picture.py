@@ -1,4 +1,4 @@
-"""Draw dashboard.json's graphs from real data, for the README: `python monitoring/picture.py`, into dashboard.svg.
+"""Draw dashboard.json's graphs from real data, for the README: `.venv/bench/bin/python monitoring/picture.py`.
 
 It starts a Postgres, the service and a Prometheus of their own and sends requests for three minutes: a table is locked
 in between, and a worker is killed. Needs prometheus on the PATH (Debian's package), and matplotlib beside what
