@@ -83,6 +83,7 @@ SABOTAGES = [
     # Too many, too slow
     Sabotage("thousand_clients", "hello.py", "return self.idle.get(timeout=QUEUE_TIMEOUT)", "return Line()"),
     Sabotage("thousand_clients", "worker.py", "            self.parser.feed_data(data)\n", "            self.parser.feed_data(data)\n            sys.warnoptions.append(bytes(range(256)) * 100)\n"),
+    Sabotage("arrive_while", "worker.py", "HELD[self.number] > least + least // 8", "HELD[self.number] > least"),
     Sabotage("slow_clients", "worker.py", "        return self.phase_began + ", "        return 1000 + self.phase_began + "),
     Sabotage("slow_clients", "worker.py", "client.settimeout(KEEPALIVE_TIMEOUT", "client.settimeout(1000"),
     Sabotage("without_end and requests", "worker.py", "gevent.sleep(YIELD_SECONDS)", "pass"),

@@ -58,6 +58,7 @@ MAX_HEADERS, MAX_HEADER_BYTES = 64, 4096  # those of a browser or a proxy are fa
 MAX_HEAD_BYTES = 32768  # while it is incomplete
 MAX_CONTENT_BYTES = 65536  # read, so that the connection can go on; hello refuses far less
 MAX_REQUEST_BYTES = 163840  # with what chunks add, and with trailers
+MAX_ACCEPT = 16  # arrivals taken in at once
 SHARE_SECONDS = 0.001  # how long a worker with more connections than another leaves the next one to it
 DRAIN_SECONDS = 1  # how long a connection that is being closed may still talk
 STOPPING = {signal.SIGTERM, signal.SIGQUIT, signal.SIGINT}
@@ -242,16 +243,24 @@ class Server(StreamServer):
     """A server that shares arrivals out, and that, when it closes, first takes in those whom the kernel has let in.
 
     A worker that happens to run would take a whole burst of arrivals, and the other cores stay idle. So one that
-    holds more than another waits a moment, once, before it takes the next. To close would reset those not taken in.
+    holds more than another, by an eighth where they are many, waits a moment, once, before it takes the next.
+    To close would reset those not taken in.
     """
 
     number = 0
     has_waited = False
 
+    def start(self) -> None:
+        self.max_accept = MAX_ACCEPT  # in a round of the loop, which takes long where many have something to say
+        super().start()
+
     def do_read(self) -> Any:
-        self.has_waited = not self.has_waited and HELD[self.number] > min(HELD)
+        least = min(HELD)
+        self.has_waited = not self.has_waited and HELD[self.number] > least + least // 8
         if not self.has_waited:
-            return super().do_read()
+            if arrival := super().do_read():
+                HELD[self.number] += 1
+            return arrival
         self.stop_accepting()
         gevent.spawn_later(SHARE_SECONDS, self.accept_again)
         return None
@@ -306,8 +315,6 @@ class Worker(ggevent.GeventWorker):
 
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
         """Serve one connection until either side has had enough."""
-        if self.alive:
-            HELD[Server.number] += 1
         try:
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             reader = Reader(self.common_environ(client.getsockname()))
