@@ -103,7 +103,7 @@ bench-growth: $(VENV)/bench/ready ## Measure the service with 10 thousand, 1 mil
 
 .PHONY: bench-profile
 bench-profile: $(VENV)/bench/ready ## Say where a worker's time goes, and what a request costs
-	@$(VENV)/bench/bin/python bench/profile.py
+	@$(VENV)/bench/bin/python bench/worker_profile.py
 
 # A virtual environment of its own: the peers and their dependencies are no business of the tests.
 $(VENV)/bench/ready: bench/requirements.txt | $(VENV)/bin/python

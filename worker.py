@@ -392,12 +392,7 @@ class Worker(ggevent.GeventWorker):
         response: list[Any] = []
         content = b"".join(self.wsgi(environ, lambda *status_and_headers: response.extend(status_and_headers)))
         is_last = is_last or not self.alive  # asked last: a stop may have come meanwhile
-        head = (
-            f"HTTP/1.1 {response[0]}\r\nDate: {http_date(int(time()))}\r\n"
-            f"Connection: {'close' if is_last else 'keep-alive'}\r\n"
-        )
-        lines = [f"{name}: {value}\r\n" for name, value in response[1]]
-        self.send(client, "".join([head, *lines, "\r\n"]).encode("latin-1") + content)
+        self.respond(client, response[0], response[1], content, is_last=is_last)
         return not is_last
 
     def observe_refusal(self, status: int) -> None:
@@ -407,12 +402,22 @@ class Worker(ggevent.GeventWorker):
         """Answer what is no request."""
         self.observe_refusal(refusal.status.value)
         content = b'{"message": "%b"}' % refusal.message.encode()
-        head = (
-            f"HTTP/1.1 {refusal.status.value} {refusal.status.phrase}\r\nDate: {http_date(int(time()))}\r\nConnection: close\r\n"
-            "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(content)}\r\n\r\n"
-        )
-        self.send(client, head.encode() + content)
+        headers = [
+            ("Cache-Control", "no-store"),
+            ("X-Content-Type-Options", "nosniff"),
+            ("Content-Type", "application/json"),
+            ("Content-Length", str(len(content))),
+        ]
+        self.respond(client, f"{refusal.status.value} {refusal.status.phrase}", headers, content, is_last=True)
+
+    def respond(
+        self, client: Any, status: str, headers: list[tuple[str, str]], content: bytes, *, is_last: bool
+    ) -> None:
+        """Send a response, head and content at once."""
+        connection = "close" if is_last else "keep-alive"
+        lines = [f"HTTP/1.1 {status}\r\nDate: {http_date(int(time()))}\r\nConnection: {connection}\r\n"]
+        lines += [f"{name}: {value}\r\n" for name, value in headers]
+        self.send(client, "".join([*lines, "\r\n"]).encode("latin-1") + content)
 
     def send(self, client: Any, data: bytes) -> None:
         """Send all of it; raise TimeoutError where the client does not read."""

@@ -24,7 +24,7 @@ PARTS = {
     "parsing: httptools and the environ": ["feed (worker.py"],
     "receiving, with the wait for a client": ["receive (worker.py"],
     "sending": ["send (worker.py"],
-    "the response's head": ["answer (worker.py"],
+    "the response's head": ["respond (worker.py", "answer (worker.py"],
     "the event loop, and the rest": [""],
 }
 
