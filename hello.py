@@ -449,16 +449,22 @@ def read_content(environ: WSGIEnvironment) -> bytes:
     return content
 
 
-def parse_date_of_birth(content: bytes) -> date:
-    """Read {"dateOfBirth": "YYYY-MM-DD"} from JSON (RFC 8259): a real date, before today; or 400."""
+def parse_document(content: bytes) -> dict[str, Any]:
+    """Read a JSON object (RFC 8259); or 400."""
     if not content:
         raise Refused(400, f"The content is missing: send {EXAMPLE}.")
     try:
         document = json.loads(content.decode(), parse_constant=int)  # which refuses NaN
     except (ValueError, RecursionError):
-        raise Refused(400, f"The content is not JSON in UTF-8: send {EXAMPLE}.") from None
-    text = document.get("dateOfBirth") if isinstance(document, dict) else None
-    if not isinstance(text, str):
+        document = None
+    if not isinstance(document, dict):
+        raise Refused(400, f"The content is not a JSON object in UTF-8: send {EXAMPLE}.")
+    return document
+
+
+def parse_date_of_birth(document: dict[str, Any]) -> date:
+    """Read {"dateOfBirth": "YYYY-MM-DD"}: a real date, before today; or 400."""
+    if not isinstance(text := document.get("dateOfBirth"), str):
         raise Refused(400, f"There is no dateOfBirth string: send {EXAMPLE}.")
     try:
         born = date.fromisoformat(text if DATE.fullmatch(text) else "")
@@ -484,7 +490,8 @@ def get_hello(environ: WSGIEnvironment, username: str) -> Response:
 
 def put_hello(environ: WSGIEnvironment, username: str) -> Response:
     """Save or replace a user's date of birth: 204 once Postgres has committed it, 400, 413."""
-    save_date_of_birth((username, parse_date_of_birth(read_content(environ))))
+    document = parse_document(read_content(environ))
+    save_date_of_birth((username, parse_date_of_birth(document)))
     return Response(204)
 
 
