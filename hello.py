@@ -355,16 +355,24 @@ find_date_of_birth = Batcher(find)
 save_date_of_birth = Batcher(save)
 
 
+def reason(error: psycopg2.Error | TimeoutError) -> str:
+    """Say in one line what went wrong, without the DETAIL: there, Postgres quotes rows."""
+    primary = error.diag.message_primary if isinstance(error, psycopg2.Error) else None
+    return " ".join((primary or str(error)).split()) or "no answer"
+
+
 def init_db() -> None:
-    """Apply schema.sql as soon as the database answers; exit with a one-line error if it never does."""
-    deadline = monotonic() + setting("INIT_TIMEOUT", 60.0)
+    """Apply schema.sql as soon as the database answers, and say what it waits for; exit with it after INIT_TIMEOUT."""
+    deadline, said = monotonic() + setting("INIT_TIMEOUT", 60.0), ""
     schema = Path(__file__).with_name("schema.sql").read_text()
     while True:
         try:
             return Line().execute(lambda cursor, _: cursor.execute(schema), [], deadline)
         except (psycopg2.Error, TimeoutError) as error:
             if monotonic() + 1 > deadline:
-                sys.exit(f"init-db: {' '.join(str(error).split()) or 'no answer'}; check PGHOST, PGUSER, PGPASSWORD")
+                sys.exit(f"init-db: {reason(error)}; check PGHOST, PGUSER, PGPASSWORD")
+            if reason(error) != said:
+                print("init-db waits:", said := reason(error), file=sys.stderr, flush=True)
         sleep(1)
 
 

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -526,11 +527,11 @@ def test_today_is_today_in_the_time_zone_at_each_request(monkeypatch: pytest.Mon
     assert (hello.today().day, hello.today().day) == expected
 
 
-def run_hello(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_hello(*arguments: str, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `python hello.py` to its end."""
     command = [sys.executable, "hello.py", *arguments]
     return subprocess.run(
-        command, check=False, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, timeout=30
+        command, check=False, capture_output=True, text=True, cwd=folder, env=os.environ | environment, timeout=30
     )
 
 
@@ -559,6 +560,26 @@ def test_init_db_where_nothing_answers_exits_with_one_line() -> None:
     assert result.returncode == 1
     assert result.stderr.startswith("init-db: ")
     assert result.stderr.count("\n") == 1
+
+
+def test_init_db_says_once_what_it_waits_for() -> None:
+    result = run_hello("init-db", PGHOST="127.0.0.1", PGPORT=str(free_port()), INIT_TIMEOUT="2.5")
+    waiting, ended = result.stderr.splitlines()
+    assert waiting.startswith("init-db waits: ")
+    assert "Connection refused" in waiting
+    assert ended.startswith("init-db: ")
+
+
+def test_init_db_that_fails_on_rows_quotes_none(app: TestApp, table: Table, tmp_path: Path) -> None:
+    app.put_json("/hello/Zoe", BODY, status=204)
+    app.put_json("/hello/Adam", BODY, status=204)
+    for name in ("hello.py", "openapi.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "schema.sql").write_text("CREATE UNIQUE INDEX ON users (date_of_birth)")
+    result = run_hello("init-db", folder=tmp_path, INIT_TIMEOUT="0.5")
+    assert "could not create unique index" in result.stderr
+    assert "1990" not in result.stderr
+    assert table.rows() == {"Zoe": date(1990, 5, 17), "Adam": date(1990, 5, 17)}
 
 
 def test_init_db_again_and_by_several_at_once_keeps_the_rows(app: TestApp, table: Table) -> None:

@@ -24,9 +24,10 @@ ask() {
 ask &
 asker=$!
 
+old=$($kubectl get pods --selector app.kubernetes.io/component=api,app.kubernetes.io/instance=hello --output name)
 $kubectl rollout restart deployment/hello-api
 $kubectl rollout status deployment/hello-api --timeout=10m
-sleep 10 # until the last of the old pods has gone
+$kubectl wait --for delete --timeout=2m $old
 touch "$folder/stop"
 wait "$asker"
 
