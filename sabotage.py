@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent
+TESTS = ["test_resilience.py", "test_proxy.py"]  # the second needs HAProxy
 
 
 class Sabotage(NamedTuple):
-    """A change of one place in a file, and the test of test_resilience.py that must fail of it (pytest's -k)."""
+    """A change of one place in a file, and the test of TESTS that must fail of it (pytest's -k)."""
 
     test: str
     file: str
@@ -104,6 +105,11 @@ SABOTAGES = [
     Sabotage("reset_their_connections", "worker.py", "        except OSError:\n            pass  # the client", "        except ZeroDivisionError:\n            pass  # the client"),
     Sabotage("any_name", "hello.py", "except (ValueError, RecursionError):", "except RecursionError:"),
     Sabotage("any_bytes", "hello.py", "except UnicodeError:", "except ZeroDivisionError:"),
+    # HAProxy in front
+    Sabotage("configuration_has", "docker-compose.scale.yml", "        timeout client 80s\n", ""),
+    Sabotage("database_away", "docker-compose.scale.yml", "httpchk GET /livez", "httpchk GET /readyz"),
+    Sabotage("stopped_under_load", "docker-compose.scale.yml", "option redispatch 1\n", "\n"),
+    Sabotage("no_service_left", "docker-compose.scale.yml", "http-error status 503", "http-error status 403"),
     # Secrets and rights
     Sabotage("tls_to_postgres", "hello.py", 'client_encoding="UTF8",', 'client_encoding="UTF8", sslmode="require", sslrootcert="/nowhere",'),
     Sabotage("may_not", "faults.py", "GRANT SELECT, INSERT, UPDATE ON users", "GRANT ALL ON users"),
@@ -117,7 +123,7 @@ def notices(sabotage: Sabotage, tree: Path) -> tuple[bool, str]:
     place = tree / sabotage.file
     text = place.read_text()
     place.write_text(text.replace(sabotage.old, sabotage.new))
-    command = [sys.executable, "-m", "pytest", "test_resilience.py", "-x", "-k", sabotage.test]
+    command = [sys.executable, "-m", "pytest", *TESTS, "-x", "-k", sabotage.test]
     done = subprocess.run(command, check=False, cwd=tree, capture_output=True, text=True)
     place.write_text(text)
     said = [line[1:].strip() for line in done.stdout.splitlines() if line.startswith("E  ")]

@@ -1,0 +1,150 @@
+"""HAProxy as docker-compose.scale.yml sets it, in front of two real services: what their clients get, whatever breaks.
+
+It runs on this machine, without containers: only where it listens and where the services are is put in.
+"""
+
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+import pytest
+import yaml
+
+import embedded
+from faults import Database, Load, Service, until
+
+ROOT = Path(__file__).parent
+SCALE = ROOT / "docker-compose.scale.yml"
+
+
+class Loader(yaml.SafeLoader):
+    """One that passes over Compose's own tags."""
+
+
+Loader.add_constructor("!reset", lambda loader, node: None)
+CONFIG = yaml.load(SCALE.read_text(), Loader)["configs"]["haproxy"]["content"]
+
+if not shutil.which("haproxy"):
+    pytest.skip("not run: HAProxy is not installed", allow_module_level=True)
+
+# --- Fixtures ---------------------------------------------------------------------------------------
+
+
+class Proxy(Service):
+    """HAProxy in front of services; it is asked as they are."""
+
+    def __init__(self, folder: Path, services: list[Service]) -> None:
+        self.port = embedded.free_port()
+        self.config = folder / f"haproxy-{self.port}.cfg"
+        servers = [f"server s{service.port} 127.0.0.1:{service.port} check inter 1s" for service in services]
+        text, found = re.subn(
+            r"( *)server-template .*", lambda match: "".join(match[1] + s + "\n" for s in servers), CONFIG
+        )
+        assert found == 1
+        self.config.write_text(text.replace("bind :8080", f"bind 127.0.0.1:{self.port}"))
+
+    def __enter__(self) -> Self:
+        self.process = subprocess.Popen(["haproxy", "-db", "-f", self.config])
+        assert embedded.wait_for_port(self.process, self.port)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
+    server = Database(tmp_path_factory.mktemp("proxy") / "data")
+    server.start()
+    server.prepare()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def services(database: Database, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Service]]:
+    folder = tmp_path_factory.mktemp("services")
+    environment = database.service_environment | {"WEB_CONCURRENCY": "1"}
+    with Service(folder, environment) as first, Service(folder, environment) as second:
+        yield [first, second]
+
+
+@pytest.fixture(scope="module")
+def proxy(services: list[Service], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    with Proxy(tmp_path_factory.mktemp("haproxy"), services) as proxy:
+        yield proxy
+
+
+def is_down(proxy: Proxy) -> bool:
+    """Whether HAProxy has no service left: then the answer is its own, which has no request id."""
+    answer = proxy.ask("GET", "/livez")
+    return answer.status == 503 and "X-Request-Id" not in answer.headers
+
+
+# --- Tests ------------------------------------------------------------------------------------------
+
+
+def test_configuration_has_no_warning(proxy: Proxy) -> None:
+    done = subprocess.run(["haproxy", "-c", "-f", proxy.config], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+
+
+def test_requests_through_the_proxy_reach_the_table_and_every_service(
+    proxy: Proxy, services: list[Service], database: Database
+) -> None:
+    with Load(proxy, clients=8) as load:
+        until(lambda: all(database.connections(service) for service in services))
+    assert set(load.statuses) <= {200, 204}
+    kept, lost = load.check(database)
+    assert kept > 0
+    assert lost == []
+    assert load.defects == []
+
+
+def test_database_away_is_the_services_503_for_as_long_as_it_lasts(proxy: Proxy, database: Database) -> None:
+    database.kill()
+    try:
+        until(lambda: proxy.ask("GET", "/hello/Zoe").status == 503)
+        messages, end = set(), time.monotonic() + 5  # HAProxy gives up who fails three checks, one a second
+        while time.monotonic() < end:
+            messages.add(proxy.ask("GET", "/hello/Zoe").message)
+    finally:
+        database.start()
+    assert messages == {"The database does not answer at the moment: try again in a second."}
+    until(lambda: proxy.put("Zoe").status == 204)
+
+
+def test_service_stopped_under_load_is_not_noticed(
+    proxy: Proxy, services: list[Service], database: Database, tmp_path: Path
+) -> None:
+    with (
+        Service(tmp_path, database.service_environment) as third,
+        Proxy(tmp_path, [*services, third]) as wider,
+        Load(wider) as load,
+    ):
+        until(lambda: database.connections(third))
+        third.process.send_signal(signal.SIGTERM)
+        third.process.wait()
+    assert set(load.statuses) <= {200, 204}
+    assert load.check(database)[1] == []
+    assert load.defects == []
+
+
+def test_no_service_left_is_503_with_a_message_and_retry_after(tmp_path: Path, database: Database) -> None:
+    with Service(tmp_path, database.service_environment) as only, Proxy(tmp_path, [only]) as proxy:
+        until(lambda: proxy.ask("GET", "/livez").status == 200)
+        only.process.terminate()
+        only.process.wait()
+        until(lambda: is_down(proxy))
+        answer = proxy.ask("GET", "/hello/Zoe")
+    assert answer.status == 503
+    assert answer.headers["Content-Type"] == "application/json"
+    assert answer.headers["Retry-After"] == "1"
+    assert answer.message == "No answer from the service: try again in a second."
