@@ -450,7 +450,7 @@ VALUES = st.recursive(
 
 
 @given(st.binary(max_size=200) | VALUES.map(lambda value: json.dumps(value).encode()))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_content_is_a_date_or_400(content: bytes) -> None:
     try:
         assert hello.parse_date_of_birth(hello.parse_document(content)) < hello.today()
@@ -488,7 +488,7 @@ DATES = st.dates() | LEAP_DAYS | DAYS_BY_THE_SEAM | st.dates(date(9999, 1, 1))
 
 
 @given(born=DATES, on=DATES)
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=1000, deadline=None)
 def test_days_until_birthday_are_those_of_a_calendar_walk(born: date, on: date) -> None:
     assert hello.days_until_birthday(born, on) == walk(born, on)
 

@@ -307,7 +307,7 @@ DATES = st.dates().map(str) | st.from_regex(r"\A[0-9]{4}-[0-9]{2}-[0-9]{2}\Z") |
 
 
 @given(DATES)
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=500, deadline=None)
 def test_date_is_accepted_just_where_the_schema_says_so_and_it_is_before_today(text: str) -> None:
     document = {"dateOfBirth": text}
     accepted = is_accepted(hello.parse_date_of_birth, document)
@@ -353,4 +353,5 @@ def test_made_up_requests_get_what_openapi_says(start: Callable[..., int], table
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"Tested: {len(OPERATIONS)}" in done.stdout
-    assert set(table.rows()) > set(DESCRIPTION["x-given"]["users"])  # names that are in no example
+    examples = Path(FILE).read_text()
+    assert [name for name, born in table.rows().items() if name not in examples or str(born) not in examples]

@@ -1,6 +1,7 @@
 """HAProxy as docker-compose.scale.yml sets it, in front of two real services: what their clients get, whatever breaks.
 
-It runs on this machine, without containers: only where it listens and where the services are is put in.
+It runs on this machine, without containers: where it listens and where the services are is put in, and checks that are
+quicker.
 """
 
 import re
@@ -41,7 +42,7 @@ class Proxy(Service):
     def __init__(self, folder: Path, services: list[Service]) -> None:
         self.port = embedded.free_port()
         self.config = folder / f"haproxy-{self.port}.cfg"
-        servers = [f"server s{service.port} 127.0.0.1:{service.port} check inter 1s" for service in services]
+        servers = [f"server s{service.port} 127.0.0.1:{service.port} check inter 100ms" for service in services]
         text, found = re.subn(
             r"( *)server-template .*", lambda match: "".join(match[1] + s + "\n" for s in servers), CONFIG
         )
@@ -112,7 +113,7 @@ def test_database_away_is_the_services_503_for_as_long_as_it_lasts(proxy: Proxy,
     database.kill()
     try:
         until(lambda: proxy.ask("GET", "/hello/Zoe").status == 503)
-        messages, end = set(), time.monotonic() + 5  # HAProxy gives up who fails three checks, one a second
+        messages, end = set(), time.monotonic() + 1  # HAProxy gives up who fails three checks
         while time.monotonic() < end:
             messages.add(proxy.ask("GET", "/hello/Zoe").message)
     finally:

@@ -1184,7 +1184,7 @@ def test_any_name_and_any_body_on_one_connection_are_never_5xx(
     with contextlib.closing(quick_service.connect()) as connection:
 
         @given(TEXTS, CONTENTS)
-        @settings(max_examples=1000, deadline=None, database=None)
+        @settings(max_examples=500, deadline=None, database=None)
         def check(name: str | bytes, content: bytes) -> None:
             path = f"/hello/{quote(name, safe='', errors='surrogatepass') if isinstance(name, str) else quote(name)}"
             for method in ("PUT", "GET"):
