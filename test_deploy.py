@@ -13,6 +13,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,18 @@ def image(clone: Path) -> Iterator[dict[str, Any]]:
 def container(image: dict[str, Any]) -> Iterator[str]:
     """Run the image alone, hardened, without a database."""
     name = f"{PROJECT}-alone"
-    run("docker", "run", "--detach", "--name", name, "--publish", "127.0.0.1::8080", *HARDENED, IMAGE)
+    run(
+        "docker",
+        "run",
+        "--detach",
+        "--name",
+        name,
+        "--publish",
+        "127.0.0.1::8080",
+        "--health-interval=1s",
+        *HARDENED,
+        IMAGE,
+    )
     yield name
     run("docker", "rm", "--force", name)
 
@@ -130,20 +142,14 @@ class System:
         return self.compose("exec", "-T", "database", *command).strip()
 
 
-@pytest.fixture(scope="module")
-def system(clone: Path, image: dict[str, Any]) -> Iterator[System]:
-    """Bring the system up from a folder without a .env."""
-    system = System(clone, PROJECT)
-    try:
-        system.output = system.make("compose-up")
-        yield system
-    finally:
-        system.compose("down", "--volumes", "--timeout", "1")
+# A test need not wait as long for the first check as a machine that serves.
+QUICK = "services: {api: {healthcheck: {interval: 1s}}, database: {healthcheck: {interval: 1s}}}"
 
 
 @pytest.fixture(scope="module")
-def system_with_secrets(clone: Path, image: dict[str, Any]) -> Iterator[System]:
-    """Bring the system up with its password in files, as README.md says."""
+def systems(clone: Path, image: dict[str, Any]) -> Iterator[tuple[System, System]]:
+    """Bring up two systems side by side: one without a .env, one with its password in files, as README.md says."""
+    (clone / "docker-compose.override.yml").write_text(QUICK)
     folder = clone.with_name("secrets")
     shutil.copytree(clone, folder)
     (folder / "secrets").mkdir(mode=0o700)
@@ -151,13 +157,27 @@ def system_with_secrets(clone: Path, image: dict[str, Any]) -> Iterator[System]:
     (folder / "secrets/service").write_text(f"[hello]\npassword={SECRET}\n")
     for path in (folder / "secrets").iterdir():
         path.chmod(0o444)
-    (folder / ".env").write_text("COMPOSE_FILE=docker-compose.yml:docker-compose.secrets.yml\nTZ=Asia/Kathmandu\n")
-    system = System(folder, f"{PROJECT}-secrets")
-    try:
-        system.output = system.make("compose-up")
-        yield system
-    finally:
-        system.compose("down", "--volumes", "--timeout", "1")
+    (folder / ".env").write_text(
+        "COMPOSE_FILE=docker-compose.yml:docker-compose.secrets.yml:docker-compose.override.yml\nTZ=Asia/Kathmandu\n"
+    )
+    systems = System(clone, PROJECT), System(folder, f"{PROJECT}-secrets")
+    with ThreadPoolExecutor() as side_by_side:
+        try:
+            for system, output in zip(systems, side_by_side.map(lambda s: s.make("compose-up"), systems), strict=True):
+                system.output = output
+            yield systems
+        finally:
+            list(side_by_side.map(lambda s: s.compose("down", "--volumes", "--timeout", "1"), systems))
+
+
+@pytest.fixture(scope="module")
+def system(systems: tuple[System, System]) -> System:
+    return systems[0]
+
+
+@pytest.fixture(scope="module")
+def system_with_secrets(systems: tuple[System, System]) -> System:
+    return systems[1]
 
 
 # --- The image --------------------------------------------------------------------------------------
