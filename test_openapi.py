@@ -345,7 +345,7 @@ def filter_body(context: Any, body: Any) -> bool:
 def test_made_up_requests_get_what_openapi_says(start: Callable[..., int], table: Table, tmp_path: Path) -> None:
     port = start("hello:application")
     command = [Path(sys.executable).with_name("schemathesis"), "run", FILE, f"--url=http://127.0.0.1:{port}"]
-    options = ["--checks=all", "--max-time=6", "--max-response-time=5", "--no-color", "--continue-on-failure"]
+    options = ["--checks=all", "--max-time=5", "--max-response-time=5", "--no-color", "--continue-on-failure"]
     environment = os.environ | {"SCHEMATHESIS_HOOKS": "test_openapi", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, *options], check=False, capture_output=True, text=True, cwd=tmp_path, env=environment
