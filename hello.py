@@ -369,10 +369,12 @@ def init_db() -> None:
         try:
             return Line().execute(lambda cursor, _: cursor.execute(schema), [], deadline)
         except (psycopg2.Error, TimeoutError) as error:
+            text = reason(error)
             if monotonic() + 1 > deadline:
-                sys.exit(f"init-db: {reason(error)}; check PGHOST, PGUSER, PGPASSWORD")
-            if reason(error) != said:
-                print("init-db waits:", said := reason(error), file=sys.stderr, flush=True)
+                sys.exit(f"init-db: {text}; check PGHOST, PGUSER, PGPASSWORD")
+            if text != said:
+                print("init-db waits:", text, file=sys.stderr, flush=True)
+            said = text
         sleep(1)
 
 

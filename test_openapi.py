@@ -353,5 +353,5 @@ def test_made_up_requests_get_what_openapi_says(start: Callable[..., int], table
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"Tested: {len(OPERATIONS)}" in done.stdout
-    examples = Path(FILE).read_text()
+    examples = FILE.read_text()
     assert [name for name, born in table.rows().items() if name not in examples or str(born) not in examples]
