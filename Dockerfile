@@ -5,9 +5,9 @@ FROM base AS dependencies
 # Without pip inside: nothing is installed once the image is made.
 RUN python -m venv --without-pip /venv
 # Before the source, so that only a change of this file installs again.
-COPY requirements.txt .
+COPY requirements/service.txt .
 # Wheels with known hashes only: no compiler, and no code of a package runs here. Their own tests do not belong here.
-RUN python -m pip --python /venv/bin/python install --no-cache-dir --require-hashes --only-binary :all: -r requirements.txt \
+RUN python -m pip --python /venv/bin/python install --no-cache-dir --require-hashes --only-binary :all: -r service.txt \
     && find /venv -type d '(' -name tests -o -name testing ')' -prune -exec rm -r {} +
 
 FROM base
@@ -17,7 +17,8 @@ ENV PATH=/venv/bin:$PATH \
     METRICS_HOST=0.0.0.0
 WORKDIR /app
 # Readable for the user below, whatever the umask of the clone.
-COPY --chmod=444 hello.py worker.py telemetry.py gunicorn.conf.py schema.sql openapi.yaml ./
+COPY --chmod=444 server/*.py server/
+COPY --chmod=444 hello.py gunicorn.conf.py schema.sql openapi.yaml ./
 # A number, because Kubernetes cannot tell of a name whether it is root. It owns nothing in the image.
 USER 10001:10001
 EXPOSE 8080 8081

@@ -19,7 +19,7 @@ help: ## List the targets
 
 .PHONY: run
 run: $(VENV)/run ## Serve on PORT (8080), with an embedded Postgres unless PGHOST is set
-	@$(VENV)/bin/python embedded.py $(DATA) $(VENV)/bin/gunicorn hello:application
+	@$(VENV)/bin/python -m tools.embedded_postgres $(DATA) $(VENV)/bin/gunicorn hello:application
 
 .PHONY: test
 test: $(VENV)/dev ## Run every test, against real Postgres servers of its own
@@ -27,7 +27,7 @@ test: $(VENV)/dev ## Run every test, against real Postgres servers of its own
 
 .PHONY: sabotage
 sabotage: $(VENV)/dev ## Break what protects the service, one thing at a time, and see that its test fails
-	@$(VENV)/bin/python sabotage.py $(ARGS)
+	@$(VENV)/bin/python -m tools.mutations $(ARGS)
 
 .PHONY: lint
 lint: $(VENV)/dev ## Check style and format
@@ -40,14 +40,14 @@ format: $(VENV)/dev ## Put the code into the format that `make lint` checks
 	@$(VENV)/bin/ruff format
 
 .PHONY: lock
-lock: $(VENV)/dev ## Pin the newest dependencies, with hashes, in requirements*.txt
-	@for name in requirements requirements-run requirements-dev bench/requirements docs/requirements; do $(VENV)/bin/uv pip compile --quiet --upgrade \
-		--universal --python-version 3.11 --generate-hashes --no-header $$name.in -o $$name.txt >/dev/null; done
+lock: $(VENV)/dev ## Pin the newest dependencies, with hashes, in requirements/
+	@for name in service run dev bench docs; do $(VENV)/bin/uv pip compile --quiet --upgrade \
+		--universal --python-version 3.11 --generate-hashes --no-header requirements/$$name.in -o requirements/$$name.txt >/dev/null; done
 
 .PHONY: audit
 audit: $(VENV)/dev ## Look the pinned dependencies up among the known vulnerabilities, where pypi.org can be reached
 	@if $(VENV)/bin/python -c 'import urllib.request as u; u.urlopen("https://pypi.org/pypi/pip/json", timeout=5)' 2>/dev/null; \
-	then $(VENV)/bin/uv tool run --quiet pip-audit@2.10.1 --disable-pip --require-hashes -r requirements-dev.txt; \
+	then $(VENV)/bin/uv tool run --quiet pip-audit@2.10.1 --disable-pip --require-hashes -r requirements/dev.txt; \
 	else echo 'pypi.org cannot be reached: nothing was checked'; fi
 
 # The image's version, which is its tag
@@ -106,7 +106,7 @@ bench-profile: $(VENV)/bench/ready ## Say where a worker's time goes, and what a
 	@$(VENV)/bench/bin/python bench/worker_profile.py
 
 # A virtual environment of its own: the peers and their dependencies are no business of the tests.
-$(VENV)/bench/ready: bench/requirements.txt | $(VENV)/bin/python
+$(VENV)/bench/ready: requirements/bench.txt | $(VENV)/bin/python
 	@command -v wrk >/dev/null || { apt-get update -qq && apt-get install -y -qq wrk; } >/dev/null 2>&1 || \
 		{ echo 'make bench needs wrk: install it (Debian: apt-get install wrk; macOS: brew install wrk)' >&2; exit 1; }
 	@echo 'Installing what $< pins ...'
@@ -125,7 +125,7 @@ k8s-apply: ## Apply k8s/ to the current cluster and namespace, and wait until it
 
 .PHONY: k8s-secret
 k8s-secret: ## Make a random database password that wins over the development one, or change it
-	@KUBECTL='$(KUBECTL)' k8s/secret.sh
+	@KUBECTL='$(KUBECTL)' tools/k8s_secret.sh
 
 .PHONY: k8s-status
 k8s-status: ## Show what k8s/ made, and how busy it is
@@ -139,7 +139,7 @@ k8s-delete: ## Delete what k8s/ made; the database's volume and the random passw
 
 .PHONY: k8s-monitoring
 k8s-monitoring: ## Make the objects of k8s/monitoring/ from the rules and the dashboard of monitoring/
-	@$(if $(PYTHON),$(PYTHON),python3) k8s/monitoring/generate.py
+	@$(if $(PYTHON),$(PYTHON),python3) tools/k8s_monitoring.py
 
 .PHONY: kind
 kind: build ## Make a cluster in Docker with kind, its namespace hello restricted, and the image in it
@@ -150,7 +150,7 @@ kind: build ## Make a cluster in Docker with kind, its namespace hello restricte
 
 .PHONY: k8s-smoke
 k8s-smoke: ## Apply k8s/, and see that a rolling update loses no request
-	@KUBECTL='$(KUBECTL)' k8s/smoke.sh
+	@KUBECTL='$(KUBECTL)' tools/k8s_smoke.sh
 
 # What `make scan` looks for known vulnerabilities with
 GRYPE ?= anchore/grype:v0.117.0@sha256:ddf9e9f204049f3a4a0955ef70873cabab6a31432125ad4f20a490b54950a253
@@ -172,7 +172,7 @@ diagrams: $(VENV)/docs/installed ## Draw the pictures of docs/ (needs Graphviz)
 	@$(VENV)/docs/bin/python docs/draw.py
 
 # An environment of its own: it has tools in it that nothing else needs
-$(VENV)/docs/installed: docs/requirements.txt | $(VENV)/bin/python
+$(VENV)/docs/installed: requirements/docs.txt | $(VENV)/bin/python
 	@echo 'Installing what $< pins ...'
 	@$(VENV)/bin/python -m venv $(VENV)/docs
 	@$(VENV)/docs/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
@@ -183,7 +183,7 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) >/dev/null || { rm -rf $(VENV); \
 		echo 'Python has no venv module here: install it (on Debian: apt-get install python3-venv)' >&2; exit 1; }
 
-$(VENV)/run $(VENV)/dev: $(VENV)/%: requirements-%.txt requirements.txt | $(VENV)/bin/python
+$(VENV)/run $(VENV)/dev: $(VENV)/%: requirements/%.txt requirements/service.txt | $(VENV)/bin/python
 	@echo 'Installing what $< pins ...'
 	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
 	@touch $@ $(VENV)/run # which `dev` includes

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import embedded
+from tools import embedded_postgres as embedded
 
 ROOT = Path(__file__).parent
 

@@ -28,7 +28,7 @@ if metrics_port != "0" and os.environ.get("TELEMETRY") != "off":
 
 # With gunicorn's threads or its plain gevent worker, a hundred slow clients shut the others out, or hold their
 # place without a bound. Every wait of this one ends.
-worker_class = "worker.Worker"
+worker_class = "server.worker.Worker"
 workers = int(os.environ.get("WEB_CONCURRENCY") or 2)
 worker_connections = int(os.environ.get("WORKER_CONNECTIONS") or 1000)
 
@@ -63,7 +63,7 @@ loglevel = os.environ.get("LOG_LEVEL") or "info"
 logconfig_dict = {
     "version": 1,
     "disable_existing_loggers": False,
-    "formatters": {"line": {"()": "telemetry.Formatter"}},
+    "formatters": {"line": {"()": "server.telemetry.Formatter"}},
     "handlers": {"stdout": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout", "formatter": "line"}},
     "root": {"level": loglevel.upper(), "handlers": ["stdout"]},
     "loggers": {"gunicorn.error": {"propagate": True}, "gunicorn.access": {"propagate": False}},
@@ -96,7 +96,7 @@ def post_worker_init(worker: Any) -> None:
     import gevent  # here, and not above: the master must not
 
     import hello
-    import telemetry
+    from server import telemetry
 
     gevent.get_hub().print_exception = telemetry.log_defect
     if telemetry.IS_ON:

@@ -32,9 +32,9 @@ from hypothesis import strategies as st
 from psycopg2 import extensions
 from webtest import TestApp, TestResponse
 
-import embedded
 import hello
-from embedded import free_port
+from tools import embedded_postgres as embedded
+from tools.embedded_postgres import free_port
 
 ROOT = Path(__file__).parent
 TODAY = date(2026, 3, 10)

@@ -29,7 +29,7 @@ ROOT = HERE.parent
 BIN = Path(sys.executable).parent
 sys.path.insert(0, str(ROOT))
 
-import embedded  # found through the path above
+from tools import embedded_postgres as embedded  # found through the path above
 
 USERS = 1_000_000
 CLIENTS = 32

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import embedded
+from tools import embedded_postgres as embedded
 
 CONNECTIONS = 32
 USERS = 1000

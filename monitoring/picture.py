@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import embedded
+from tools import embedded_postgres as embedded
 
 PORT, METRICS_PORT, PROMETHEUS_PORT = 18150, 18151, 18152
 SECONDS, LOCK_AT, KILL_AT = 180, 70, 125

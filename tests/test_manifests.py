@@ -26,10 +26,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
-import embedded
 import hello
+from tools import embedded_postgres as embedded
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 K8S = ROOT / "k8s"
 CRDS = ROOT.parent / "shared" / "crds"
 OLDEST, NEWEST = "1.30", kubernetes_validate.latest_version()
@@ -274,7 +274,7 @@ def references(objects: list[Object]) -> Iterator[str]:
 
 @check
 def settings(objects: list[Object]) -> Iterator[str]:
-    sources = "".join((ROOT / name).read_text() for name in ("hello.py", "worker.py", "gunicorn.conf.py"))
+    sources = "".join((ROOT / name).read_text() for name in ("hello.py", "server/worker.py", "gunicorn.conf.py"))
     libpq = {"PGHOST", "PGUSER", "PGDATABASE", "PGPASSWORD", "PGSSLMODE", "PGTARGETSESSIONATTRS"}
     for item in of_kind(objects, "ConfigMap"):
         if item["metadata"]["name"].startswith("hello-api"):
@@ -697,7 +697,7 @@ def test_restored_cluster_is_like_the_one_it_replaces() -> None:
 
 
 def test_monitoring_objects_are_those_of_the_source() -> None:
-    generated = runpy.run_path(str(K8S / "monitoring" / "generate.py"))["generate"]()
+    generated = runpy.run_path(str(ROOT / "tools" / "k8s_monitoring.py"))["generate"]()
     assert {name: (K8S / "monitoring" / name).read_text() for name in generated} == generated
 
 
@@ -917,7 +917,9 @@ def run_secret(cluster: dict[str, str], *there: str) -> subprocess.CompletedProc
     """Run secret.sh where the cluster has these kinds of hello's objects."""
     for kind in there:
         Path(cluster["STATE"], kind).touch()
-    return subprocess.run(["sh", K8S / "secret.sh"], env=cluster, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        ["sh", ROOT / "tools" / "k8s_secret.sh"], env=cluster, capture_output=True, text=True, check=False
+    )
 
 
 def secret_of(cluster: dict[str, str]) -> Object:

@@ -1,10 +1,11 @@
-"""Wrap the rules and the dashboard of ../../monitoring into objects of Kubernetes: `make k8s-monitoring`."""
+"""Wrap the rules and the dashboard of ../monitoring into objects of Kubernetes: `make k8s-monitoring`."""
 
 from pathlib import Path
 from textwrap import indent
 
-HERE = Path(__file__).parent
-SOURCE = HERE.parent.parent / "monitoring"
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "monitoring"
+TARGET = ROOT / "k8s" / "monitoring"
 LABELS = """\
     app.kubernetes.io/name: hello
     app.kubernetes.io/instance: hello
@@ -46,4 +47,4 @@ def generate() -> dict[str, str]:
 
 if __name__ == "__main__":
     for name, text in generate().items():
-        (HERE / name).write_text(text)
+        (TARGET / name).write_text(text)

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parent
-TESTS = ["test_resilience.py", "test_proxy.py"]  # the second needs HAProxy
+ROOT = Path(__file__).parents[1]
+TESTS = ["tests/resilience", "tests/test_proxy.py"]  # the second needs HAProxy
 
 
 class Sabotage(NamedTuple):
@@ -76,45 +76,45 @@ SABOTAGES = [
     Sabotage("becomes_read_only", "hello.py", "                    self.connection.close()", "                    pass"),
     # Processes come and go
     Sabotage("worker_killed", "gunicorn.conf.py", "    mark_process_dead(worker.number)", "    __import__('time').sleep(2)"),
-    Sabotage("sigterm", "worker.py", "        super().handle_exit(sig, frame)", "        os._exit(0)"),
-    Sabotage("sigterm", "worker.py", "gevent.spawn_later(DRAIN_SECONDS, self.close_idle)", "pass"),
-    Sabotage("went_away", "worker.py", "with contextlib.suppress(OSError):  # it went away", "if True:  # it went away"),
-    Sabotage("outlasts_the_draining", "worker.py", "is_last = is_last or not self.alive", "pass"),
-    Sabotage("sighup", "worker.py", "        super().handle_exit(sig, frame)", "        os._exit(0)"),
+    Sabotage("sigterm", "server/worker.py", "        super().handle_exit(sig, frame)", "        os._exit(0)"),
+    Sabotage("sigterm", "server/worker.py", "gevent.spawn_later(DRAIN_SECONDS, self.close_idle)", "pass"),
+    Sabotage("went_away", "server/worker.py", "with contextlib.suppress(OSError):  # it went away", "if True:  # it went away"),
+    Sabotage("outlasts_the_draining", "server/worker.py", "is_last = is_last or not self.alive", "pass"),
+    Sabotage("sighup", "server/worker.py", "        super().handle_exit(sig, frame)", "        os._exit(0)"),
     # Too many, too slow
     Sabotage("thousand_clients", "hello.py", "return self.idle.get(timeout=QUEUE_TIMEOUT)", "return Line()"),
-    Sabotage("thousand_clients", "worker.py", "            self.parser.feed_data(data)\n", "            self.parser.feed_data(data)\n            sys.warnoptions.append(bytes(range(256)) * 100)\n"),
-    Sabotage("arrive_while", "worker.py", "HELD[self.number] > least + least // 8", "HELD[self.number] > least"),
-    Sabotage("slow_clients", "worker.py", "        return self.phase_began + ", "        return 1000 + self.phase_began + "),
-    Sabotage("slow_clients", "worker.py", "client.settimeout(KEEPALIVE_TIMEOUT", "client.settimeout(1000"),
-    Sabotage("without_end and requests", "worker.py", "gevent.sleep(YIELD_SECONDS)", "pass"),
-    Sabotage("without_end and trailer", "worker.py", "        if self.received > MAX_REQUEST_BYTES:", "        if False:"),
-    Sabotage("does_not_read", "worker.py", "client.settimeout(SEND_TIMEOUT)", "client.settimeout(None)"),
+    Sabotage("thousand_clients", "server/worker.py", "            self.parser.feed_data(data)\n", "            self.parser.feed_data(data)\n            sys.warnoptions.append(bytes(range(256)) * 100)\n"),
+    Sabotage("arrive_while", "server/worker.py", "HELD[self.number] > least + least // 8", "HELD[self.number] > least"),
+    Sabotage("slow_clients", "server/worker.py", "        return self.phase_began + ", "        return 1000 + self.phase_began + "),
+    Sabotage("slow_clients", "server/worker.py", "client.settimeout(KEEPALIVE_TIMEOUT", "client.settimeout(1000"),
+    Sabotage("without_end and requests", "server/worker.py", "gevent.sleep(YIELD_SECONDS)", "pass"),
+    Sabotage("without_end and trailer", "server/worker.py", "        if self.received > MAX_REQUEST_BYTES:", "        if False:"),
+    Sabotage("does_not_read", "server/worker.py", "client.settimeout(SEND_TIMEOUT)", "client.settimeout(None)"),
     # Hostile HTTP
-    Sabotage("malformed", "worker.py", "if hosts != 1:", "if False:"),
-    Sabotage("malformed", "worker.py", "        self.whole: deque", "        self.parser.set_dangerous_leniencies(lenient_chunked_length=True)\n        self.whole: deque"),
-    Sabotage("hidden_in_a_body", "worker.py", "        self.content += part\n", "        self.content += part\n        (inner := Reader(self.common)).feed(part)\n        self.whole += inner.whole\n"),
-    Sabotage("tolerate", "worker.py", '.strip(b" \\t")', ""),
-    Sabotage("expects_100", "worker.py", "reader.is_expectant = False", "pass"),
-    Sabotage("pipelined", "worker.py", "reader.whole.popleft()", "reader.whole.pop()"),
+    Sabotage("malformed", "server/worker.py", "if hosts != 1:", "if False:"),
+    Sabotage("malformed", "server/worker.py", "        self.whole: deque", "        self.parser.set_dangerous_leniencies(lenient_chunked_length=True)\n        self.whole: deque"),
+    Sabotage("hidden_in_a_body", "server/worker.py", "        self.content += part\n", "        self.content += part\n        (inner := Reader(self.common)).feed(part)\n        self.whole += inner.whole\n"),
+    Sabotage("tolerate", "server/worker.py", '.strip(b" \\t")', ""),
+    Sabotage("expects_100", "server/worker.py", "reader.is_expectant = False", "pass"),
+    Sabotage("pipelined", "server/worker.py", "reader.whole.popleft()", "reader.whole.pop()"),
     Sabotage("side_by_side", "hello.py", "batch.results[place]", "batch.results[-1]"),
-    Sabotage("half_close", "worker.py", "(BAD_CONTENT if reader.environ else None)", "None"),
-    Sabotage("that_stalls", "worker.py", "LATE if reader.target else None", "None"),
-    Sabotage("waits_behind", "worker.py", "        self.target += part\n", "        self.target += part\n        self.phase_began = monotonic()\n"),
-    Sabotage("blank_line", "worker.py", "LATE if reader.target else None", "LATE"),
-    Sabotage("reset_their_connections", "worker.py", "        except OSError:\n            pass  # the client", "        except ZeroDivisionError:\n            pass  # the client"),
+    Sabotage("half_close", "server/worker.py", "(BAD_CONTENT if reader.environ else None)", "None"),
+    Sabotage("that_stalls", "server/worker.py", "LATE if reader.target else None", "None"),
+    Sabotage("waits_behind", "server/worker.py", "        self.target += part\n", "        self.target += part\n        self.phase_began = monotonic()\n"),
+    Sabotage("blank_line", "server/worker.py", "LATE if reader.target else None", "LATE"),
+    Sabotage("reset_their_connections", "server/worker.py", "        except OSError:\n            pass  # the client", "        except ZeroDivisionError:\n            pass  # the client"),
     Sabotage("any_name", "hello.py", "except (ValueError, RecursionError):", "except RecursionError:"),
     Sabotage("any_bytes", "hello.py", "except UnicodeError:", "except ZeroDivisionError:"),
     # HAProxy in front
-    Sabotage("configuration_has", "docker-compose.scale.yml", "        timeout client 80s\n", ""),
-    Sabotage("database_away", "docker-compose.scale.yml", "httpchk GET /livez", "httpchk GET /readyz"),
-    Sabotage("stopped_under_load", "docker-compose.scale.yml", "option redispatch 1\n", "\n"),
-    Sabotage("no_service_left", "docker-compose.scale.yml", "http-error status 503", "http-error status 403"),
+    Sabotage("configuration_has", "compose/scale.yml", "        timeout client 80s\n", ""),
+    Sabotage("database_away", "compose/scale.yml", "httpchk GET /livez", "httpchk GET /readyz"),
+    Sabotage("stopped_under_load", "compose/scale.yml", "option redispatch 1\n", "\n"),
+    Sabotage("no_service_left", "compose/scale.yml", "http-error status 503", "http-error status 403"),
     # Secrets and rights
     Sabotage("tls_to_postgres", "hello.py", 'client_encoding="UTF8",', 'client_encoding="UTF8", sslmode="require", sslrootcert="/nowhere",'),
-    Sabotage("may_not", "faults.py", "GRANT SELECT, INSERT, UPDATE ON users", "GRANT ALL ON users"),
-    Sabotage("process_list", "faults.py", '"hello:application"]', '"hello:application", f"--env=X={PASSWORD}"]'),
-    Sabotage("no_word_of_a_request", "telemetry.py", 'environ.get("hello.route", UNMATCHED)', 'environ["PATH_INFO"]'),
+    Sabotage("may_not", "tests/support/faults.py", "GRANT SELECT, INSERT, UPDATE ON users", "GRANT ALL ON users"),
+    Sabotage("process_list", "tests/support/faults.py", '"hello:application"]', '"hello:application", f"--env=X={PASSWORD}"]'),
+    Sabotage("no_word_of_a_request", "server/telemetry.py", 'environ.get("hello.route", UNMATCHED)', 'environ["PATH_INFO"]'),
 ]  # fmt: skip
 
 

@@ -17,22 +17,22 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
+import embedded
 import hypothesis
 import jsonschema_rs
 import openapi_spec_validator
 import pytest
 import schemathesis
+import worker
 import yaml
+from embedded import free_port
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import embedded
 import hello
-import worker
-from embedded import free_port
 from test_hello import Table
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 FILE = ROOT / "openapi.yaml"
 DESCRIPTION: dict[str, Any] = yaml.safe_load(FILE.read_text())
 METHODS = {"get", "put", "post", "delete", "options", "head", "patch", "trace"}
@@ -346,7 +346,7 @@ def test_made_up_requests_get_what_openapi_says(start: Callable[..., int], table
     port = start("hello:application")
     command = [Path(sys.executable).with_name("schemathesis"), "run", FILE, f"--url=http://127.0.0.1:{port}"]
     options = ["--checks=all", "--max-time=5", "--max-response-time=5", "--no-color", "--continue-on-failure"]
-    environment = os.environ | {"SCHEMATHESIS_HOOKS": "test_openapi", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"SCHEMATHESIS_HOOKS": "tests.test_openapi", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, *options], check=False, capture_output=True, text=True, cwd=tmp_path, env=environment
     )

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sabotage import SABOTAGES, Sabotage
+from tools.mutations import SABOTAGES, Sabotage
 
-ROOT = Path(__file__).parent
-CODE = ["hello.py", "worker.py", "gunicorn.conf.py", "telemetry.py"]
+ROOT = Path(__file__).parents[1]
+CODE = ["hello.py", "server/worker.py", "gunicorn.conf.py", "server/telemetry.py"]
 DOCUMENTS = sorted(
     path
     for path in [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("*/*/*.md")]

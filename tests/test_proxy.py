@@ -16,11 +16,11 @@ from typing import Self
 import pytest
 import yaml
 
-import embedded
-from faults import Database, Load, Service, until
+from tests.support.faults import Database, Load, Service, until
+from tools import embedded_postgres as embedded
 
-ROOT = Path(__file__).parent
-SCALE = ROOT / "docker-compose.scale.yml"
+ROOT = Path(__file__).parents[1]
+SCALE = ROOT / "compose/scale.yml"
 
 
 class Loader(yaml.SafeLoader):

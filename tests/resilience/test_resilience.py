@@ -38,7 +38,7 @@ import trustme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from faults import LOGS, PASSWORD, Database, Load, Service, body, letters, silent_port, tls_proxy, until
+from tests.support.faults import LOGS, PASSWORD, Database, Load, Service, body, letters, silent_port, tls_proxy, until
 
 CONNECTIONS = 2 * 2 * 1  # WEB_CONCURRENCY x 2 x DATABASE_CONNECTIONS
 WORST_CASE = 5  # seconds; QUEUE_TIMEOUT + DATABASE_TIMEOUT is 4.5

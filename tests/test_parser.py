@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import worker
+from server import worker
 
 COMMON = {
     "SCRIPT_NAME": "",

@@ -25,10 +25,10 @@ import psutil
 import psycopg2
 from psycopg2 import extensions
 
-import embedded
-from embedded import free_port
+from tools import embedded_postgres as embedded
+from tools.embedded_postgres import free_port
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 LOGS: list[Path] = []  # of every service started here
 PASSWORD = "Sesame-password"
 

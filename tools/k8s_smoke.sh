@@ -2,13 +2,13 @@
 # Apply k8s/, save a date of birth, and ask for it all through a rolling update: not one answer may be missing or
 # wrong. KUBECTL says which cluster and namespace; its nodes must be reachable from here, as those of kind are.
 set -eu
-cd "$(dirname "$0")"
+cd "$(dirname "$0")/.."
 kubectl=${KUBECTL:-kubectl}
 folder=$(mktemp -d)
 trap 'kill "$asker" 2>/dev/null || true; rm -rf "$folder"' EXIT
 asker=
 
-make --no-print-directory -C .. k8s-apply KUBECTL="$kubectl"
+make --no-print-directory k8s-apply KUBECTL="$kubectl"
 
 node=$($kubectl get nodes --output 'jsonpath={.items[0].status.addresses[?(@.type=="InternalIP")].address}')
 port=$($kubectl get service hello-api --output 'jsonpath={.spec.ports[?(@.name=="http")].nodePort}')

@@ -27,10 +27,10 @@ import yaml
 from prometheus_client import Histogram, multiprocess, values
 from prometheus_client.parser import text_string_to_metric_families
 
-import embedded
-import telemetry
+from server import telemetry
+from tools import embedded_postgres as embedded
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 MONITORING = ROOT / "monitoring"
 PORT, SHARED_PORT, PROMETHEUS_PORT = 18110, 18120, 18130
 HELLO = "/hello/<username>"
