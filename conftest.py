@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tools import embedded_postgres as embedded
+from tests.support.network import free_port
+from tests.support.postgres import Database
 
 ROOT = Path(__file__).parent
 
@@ -19,11 +20,9 @@ for name in list(os.environ):
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[embedded.Postgres]:
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
     """Start a Postgres for the whole run, and point libpq's environment at it."""
-    server = embedded.Postgres(
-        tmp_path_factory.mktemp("postgres") / "data", port=str(embedded.free_port()), listen_addresses="localhost"
-    )
+    server = Database(tmp_path_factory.mktemp("postgres") / "data", port=str(free_port()), listen_addresses="localhost")
     server.start()
     os.environ.update(server.environment)
     yield server
@@ -31,18 +30,24 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[embedded.Post
 
 
 @pytest.fixture(scope="session")
-def database(postgres: embedded.Postgres) -> dict[str, str]:
+def database(postgres: Database) -> dict[str, str]:
     """The environment of a database with the schema applied."""
     subprocess.run([sys.executable, "hello.py", "init-db"], check=True, cwd=ROOT)
     return postgres.environment
 
 
+@pytest.fixture
+def report(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Keep a line about what a test measured; the end of the run shows it."""
+    return lambda text: record_property("report", text)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the figures that tests measured and kept with `record_property("figures", text)`, also where all passed."""
+    """Print what tests gave to the fixture `report`, also those that passed."""
     reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
     lines = [
-        f"{r.nodeid.split('::')[-1]}: {text}" for r in reports for name, text in r.user_properties if name == "figures"
+        f"{r.nodeid.split('::')[-1]}: {text}" for r in reports for name, text in r.user_properties if name == "report"
     ]
     if lines:
-        terminalreporter.section("figures")
+        terminalreporter.section("measured")
         terminalreporter.write_line("\n".join(lines))

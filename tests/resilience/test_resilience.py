@@ -49,7 +49,7 @@ UNTIL_READ_WRITE = {"PGTARGETSESSIONATTRS": "read-write"}
 @pytest.fixture
 def figures(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
     """Keep a line of figures for the end of the run (conftest.py prints them)."""
-    return lambda text: record_property("figures", text)
+    return lambda text: record_property("report", text)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,244 @@
+"""Clients at work that compare what they are answered, and the table at the end, with what was acknowledged."""
+
+import functools
+import itertools
+import re
+import threading
+import time
+from calendar import isleap
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import UTC, date, datetime, timedelta
+from typing import NamedTuple, Self
+
+from tests.support.network import Connection, Response
+from tests.support.postgres import Database
+from tests.support.service import Service, body
+from tests.support.wait import wait_until
+
+
+def letters(number: int) -> str:
+    """Write a number in letters, for it to be part of a username."""
+    text = ""
+    while True:
+        number, digit = divmod(number, 26)
+        text = chr(ord("a") + digit) + text
+        if not number:
+            return text
+
+
+@functools.cache
+def days_until_birthday(born: date, today: date) -> int:
+    """Return the days to the next birthday, counted day by day; of 29 February it is 1 March in common years."""
+    for days in itertools.count():
+        day = today + timedelta(days)
+        is_substitute = (born.month, born.day, day.month, day.day) == (2, 29, 3, 1) and not isleap(day.year)
+        if (day.month, day.day) == (born.month, born.day) or is_substitute:
+            return days
+    raise AssertionError
+
+
+class Journal:
+    """What a client sent for each user, and which of it was acknowledged; tells which dates may be stored."""
+
+    def __init__(self) -> None:
+        self.sent: dict[str, list[date]] = {}
+        self.acknowledged: dict[str, int] = {}  # the index of the last acknowledged date
+
+    def send(self, user: str, born: date) -> None:
+        """Note that a date is about to be sent."""
+        self.sent.setdefault(user, []).append(born)
+
+    def acknowledge(self, user: str) -> None:
+        """Note that the last date sent was acknowledged."""
+        self.acknowledged[user] = len(self.sent[user]) - 1
+
+    def possible(self, user: str) -> Sequence[date | None]:
+        """Return the last acknowledged date and those sent after it; or None (no date) and all, if none was."""
+        if user in self.acknowledged:
+            return self.sent[user][self.acknowledged[user] :]
+        return [None, *self.sent.get(user, [])]
+
+    def lost(self, rows: Mapping[str, date]) -> list[str]:
+        """Return the users whose row holds an older date than the last acknowledged one, or a date nobody sent."""
+        return [user for user in self.sent if rows.get(user) not in self.possible(user)]
+
+    def explains(self, user: str, response: Response, days: Sequence[date]) -> bool:
+        """Return whether a response to a GET on one of these days tells of a date that may be stored."""
+        if response.status != 200:
+            return response.status == 503 or (response.status == 404 and None in self.possible(user))
+        match = re.fullmatch(
+            rf"Hello, {user}! (?:Your birthday is in (\d+) day\(s\)|Happy birthday!)", response.message
+        )
+        counts = {days_until_birthday(born, day) for born in self.possible(user) if born for day in days}
+        return match is not None and int(match[1] or 0) in counts
+
+
+class Answer(NamedTuple):
+    """One answer: when it came (monotonic seconds), its status, and how long it took."""
+
+    moment: float
+    status: int
+    seconds: float
+
+
+class Client(threading.Thread):
+    """A client that PUTs and GETs on one connection and keeps a journal.
+
+    Every other PUT is of a new user, the others of one of its own; every PUT has another date. So a write that was
+    acknowledged and is lost, overtaken or undone shows in the table.
+    """
+
+    def __init__(self, load: "Load", name: str) -> None:
+        super().__init__(daemon=True)
+        self.load = load
+        self.name = name
+        self.connection = Connection(load.service.port)
+        self.journal = Journal()
+        self.answers: list[Answer] = []
+        self.sent = self.retried = self.refused = 0
+        self.defects: list[str] = []
+
+    def run(self) -> None:
+        """Send until the load is over or the service refuses connections."""
+        try:
+            for number in itertools.count():
+                if self.load.done.wait(self.load.pause):
+                    return
+                user = self.name + (f"Z{letters(number)}" if number % 2 == 0 else "")
+                self.put(user, date(1000, 1, 1) + timedelta(days=number))
+                self.get(user)
+        except ConnectionRefusedError:
+            self.refused += 1  # nothing listens: no request was accepted
+        except Exception as error:  # noqa: BLE001 - Load's __exit__ fails for it
+            self.defects.append(f"{type(error).__name__}: {error}")
+
+    def put(self, user: str, born: date) -> None:
+        """Save a date and note whether it was acknowledged."""
+        self.journal.send(user, born)
+        response = self.ask("PUT", user, body(born))
+        if response.status == 204:
+            self.journal.acknowledge(user)
+        elif response.status != 503:
+            self.defects.append(f"PUT was answered {response.status}")
+
+    def get(self, user: str) -> None:
+        """Ask for the greeting; it must be the user's own, with the days of a date that may be stored."""
+        before = datetime.now(UTC).date()
+        response = self.ask("GET", user)
+        days = sorted({before, datetime.now(UTC).date()})
+        if not self.journal.explains(user, response, days):
+            self.defects.append(
+                f"GET was answered {response.status} {response.message!r} after {self.journal.sent[user]}"
+            )
+
+    def ask(self, method: str, user: str, content: bytes | None = None) -> Response:
+        """Ask, and once more where a kept connection turns out to be closed, as HTTP clients do."""
+        self.sent += 1
+        if self.load.is_fresh:
+            self.connection.close()
+        is_reused = self.connection.sock is not None
+        try:
+            response = self.connection.ask(method, f"/hello/{user}", content)
+        except ConnectionRefusedError:
+            raise
+        except ConnectionError:
+            self.connection.close()
+            if not is_reused:
+                raise
+            self.retried += 1
+            response = self.connection.ask(method, f"/hello/{user}", content)
+        self.answers.append(Answer(time.monotonic(), response.status, response.seconds))
+        return response
+
+
+class Load:
+    """Clients at work. At its end no acknowledged write may be missing in the database, and no answer may be wrong.
+
+    Args:
+        service: what they ask.
+        database: where the acknowledged writes must be at the end.
+        clients: how many there are, each with one request at a time.
+        pause: seconds between a client's rounds of a PUT and a GET.
+        is_fresh: whether each request has a connection of its own.
+    """
+
+    runs = itertools.count()
+
+    def __init__(
+        self,
+        service: Service,
+        database: Database,
+        clients: int = 16,
+        pause: float = 0.005,
+        *,
+        is_fresh: bool = False,
+    ) -> None:
+        self.service = service
+        self.database = database
+        self.pause = pause
+        self.is_fresh = is_fresh
+        self.done = threading.Event()
+        run = letters(next(self.runs)).capitalize()
+        self.clients = [Client(self, f"Quux{run}{letters(index).capitalize()}") for index in range(clients)]
+
+    def __enter__(self) -> Self:
+        self.start = time.monotonic()
+        for client in self.clients:
+            client.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.done.set()
+        for client in self.clients:
+            client.join()
+            client.connection.close()
+        self.end = max((answer.moment for answer in self.answers), default=self.start)
+        if not error[0]:
+            defects = [defect for client in self.clients for defect in client.defects]
+            assert not defects, f"{len(defects)} wrong answers, such as {sorted(set(defects))[:3]}"
+            rows = self.database.rows()
+            lost = [user for client in self.clients for user in client.journal.lost(rows)]
+            assert not lost, f"acknowledged dates are lost: {lost}"
+
+    @property
+    def answers(self) -> list[Answer]:
+        return sorted(answer for client in self.clients for answer in list(client.answers))
+
+    @property
+    def statuses(self) -> Counter[int]:
+        return Counter(answer.status for client in self.clients for answer in list(client.answers))
+
+    @property
+    def retried(self) -> int:
+        return sum(client.retried for client in self.clients)
+
+    @property
+    def slowest(self) -> float:
+        return max(answer.seconds for answer in self.answers)
+
+    def wait_for_answers(self, count: int, statuses: Sequence[int] = (200, 204), seconds: float = 20) -> None:
+        """Wait until so many more answers with one of these statuses have come."""
+
+        def total() -> int:
+            found = self.statuses
+            return sum(found[status] for status in statuses)
+
+        before = total()
+        wait_until(lambda: total() >= before + count, seconds)
+
+    def first_success(self, since: float) -> float:
+        """Return the seconds from a moment to the next success."""
+        return (
+            min((a.moment for a in self.answers if a.status < 300 and a.moment >= since), default=float("inf")) - since
+        )
+
+    def report(self) -> str:
+        """Return what happened, in one line."""
+        successes = [self.start, *(answer.moment for answer in self.answers if answer.status < 300), self.end]
+        outage = max(after - before for before, after in itertools.pairwise(successes))
+        by_status = ", ".join(f"{count} x {status}" for status, count in sorted(self.statuses.items()))
+        return (
+            f"{sum(client.sent for client in self.clients)} sent, answered {by_status}, slowest {self.slowest:.2f} s; "
+            f"{self.statuses[204]} acknowledged writes, 0 lost; longest outage {outage:.2f} s"
+        )

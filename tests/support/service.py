@@ -1,0 +1,123 @@
+"""The service as `make run` starts it: gunicorn with this repository's configuration."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+from tests.support.network import LOOPBACK, Connection, Response, free_port, read_all
+from tests.support.wait import wait_until
+
+ROOT = Path(__file__).parents[2]
+# A quarter of the defaults, in seconds.
+SHORT_TIMEOUTS = {
+    "QUEUE_TIMEOUT": "0.375",
+    "CONNECT_TIMEOUT": "0.25",
+    "STATEMENT_TIMEOUT": "0.25",
+    "DATABASE_TIMEOUT": "0.75",
+}
+LONGEST_REQUEST = 4.5  # seconds that a request may take with the default timeouts, once its content is read
+SHORT_LONGEST_REQUEST = LONGEST_REQUEST / 4  # with SHORT_TIMEOUTS
+
+
+def body(born: str | date) -> bytes:
+    """Return the document of a PUT."""
+    return json.dumps({"dateOfBirth": str(born)}).encode()
+
+
+class Service:
+    """A gunicorn.
+
+    Args:
+        folder: where its log goes.
+        environment: what reaches its database.
+        prefix: a command that runs it in another way.
+        settings: of hello and its server, such as `HEAD_TIMEOUT="1"`.
+    """
+
+    logs: list[Path] = []  # of every service of this process  # noqa: RUF012 - shared on purpose
+
+    def __init__(
+        self, folder: Path, environment: Mapping[str, str], *, prefix: Sequence[str] = (), **settings: str
+    ) -> None:
+        self.prefix = prefix
+        self.port = free_port()
+        self.name = f"hello-{self.port}"  # of its connections in the database
+        self.log = folder / f"{self.name}.log"
+        own = {"PORT": str(self.port), "METRICS_PORT": "0", "PGAPPNAME": self.name}
+        self.environment: dict[str, str] = {**os.environ, **environment, **own, **settings}
+
+    def __enter__(self) -> Self:
+        command = [*self.prefix, str(Path(sys.executable).with_name("gunicorn")), "hello:application"]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=log, stderr=log)
+        self.logs.append(self.log)
+        try:
+            wait_until(self.is_up, 30)
+        except BaseException:
+            self.process.kill()
+            print(self.log.read_text(errors="replace"))
+            raise
+        return self
+
+    def is_up(self) -> bool:
+        """Return whether every worker runs and the service answers."""
+        assert self.process.poll() is None, f"gunicorn ended with {self.process.returncode}"
+        if len(self.workers()) != int(self.environment.get("WEB_CONCURRENCY") or 2):
+            return False
+        with contextlib.suppress(OSError):
+            return self.ask("GET", "/livez").status == 200
+        return False
+
+    def __exit__(self, *error: object) -> None:
+        self.process.send_signal(signal.SIGQUIT)  # gunicorn's quick shutdown
+        self.process.wait()
+        if error[0]:  # pytest shows it beside the failure
+            print(f"--- the end of {self.log}\n{self.log.read_text(errors='replace')[-3000:]}")
+
+    def workers(self) -> list[int]:
+        """Return the process ids of the workers."""
+        return sorted(child.pid for child in psutil.Process(self.process.pid).children())
+
+    def pss(self) -> float:
+        """Return the memory of all processes in MB, what they share counted once (proportional set size)."""
+        pages = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in [self.process.pid, *self.workers()]]
+        return sum(int(page.split("Pss:")[1].split()[0]) for page in pages) / 1024
+
+    def log_text(self) -> str:
+        """Return what it has logged so far."""
+        return self.log.read_text(errors="replace")
+
+    def connect(self) -> Connection:
+        """Return a connection that is kept alive."""
+        return Connection(self.port)
+
+    def open_socket(self) -> socket.socket:
+        """Open a bare TCP connection."""
+        return socket.create_connection((LOOPBACK, self.port), timeout=20)
+
+    def ask(self, method: str, path: str, content: bytes | None = None, *headers: str) -> Response:
+        """Ask on a connection of its own; fail where anything follows the response, such as content after a 204."""
+        with contextlib.closing(self.connect()) as connection:
+            response = connection.ask(method, path, content, *headers)
+            if connection.sock is not None:
+                with contextlib.suppress(OSError):
+                    connection.sock.shutdown(socket.SHUT_WR)
+                rest = read_all(connection.sock)
+                assert rest == b"", f"bytes after a response with status {response.status}: {rest[:100]!r}"
+        if response.status == 503:
+            assert response.headers["Retry-After"] == "1"
+        return response
+
+    def put(self, username: str, born: str | date = "1990-05-17") -> Response:
+        """Save a date of birth."""
+        return self.ask("PUT", f"/hello/{username}", body(born))

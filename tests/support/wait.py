@@ -1,0 +1,32 @@
+"""Wait for conditions, and for calls in other threads."""
+
+import concurrent.futures
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def wait_until(condition: Callable[[], T], seconds: float = 10) -> T:
+    """Return a condition's first true value; fail after some seconds."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds} s; the last value was {value!r}"
+        time.sleep(0.01)
+    return value
+
+
+def in_thread(call: Callable[..., T], *arguments: Any) -> concurrent.futures.Future[T]:
+    """Call in a thread that does not keep the process alive; return the call's future."""
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call(*arguments))
+        except BaseException as error:  # noqa: BLE001 - the future raises it
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
