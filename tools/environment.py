@@ -1,0 +1,145 @@
+"""Bring a virtual environment up to date with requirements/NAME.txt: `python environment.py FOLDER NAME [exactly]`.
+
+An environment that cannot be used is made anew: its Python is missing or too old, an installation was interrupted, or,
+with `exactly`, its version is not that of the Python that runs this.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+REQUIREMENTS = Path(__file__).parents[1] / "requirements"
+# What pip downloads and what it takes on the disk, in MB, as measured on Linux with Python 3.11.
+SIZES = {"run": (35, 140), "dev": (120, 490), "bench": (90, 400), "docs": (40, 150)}
+INCLUDES = {"dev": ["run"], "bench": ["run"]}
+
+
+class Environment:
+    """A virtual environment; `installed-NAME.txt` in it is the requirements file that was installed last."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder = folder
+        self.name = name
+        self.python = folder / "bin" / "python"
+        self.requirements = REQUIREMENTS / f"{name}.txt"
+        self.incomplete = folder / "incomplete"
+
+    def stamp(self, name: str) -> Path:
+        return self.folder / f"installed-{name}.txt"
+
+    def is_current(self) -> bool:
+        stamp = self.stamp(self.name)
+        return stamp.exists() and stamp.read_bytes() == self.requirements.read_bytes()
+
+    def fault(self, exactly: bool) -> str:
+        """Return why the environment must be made anew; empty where it can be used."""
+        if self.incomplete.exists():
+            return "its installation was not finished"
+        if not (self.folder / "pyvenv.cfg").exists():
+            if self.folder.exists() and any(self.folder.iterdir()):
+                fail(f"{self.folder} is no virtual environment: name another folder, as in `make run VENV=~/venv`.")
+            return ""
+        code = "import pip, sys; print(*sys.version_info[:2], sep='.')"
+        try:
+            answer = subprocess.run([self.python, "-c", code], check=False, capture_output=True, text=True)
+        except OSError:
+            return "its Python is missing"
+        version = answer.stdout.strip()
+        if answer.returncode != 0:
+            return "its Python does not work"
+        if tuple(map(int, version.split("."))) < (3, 11) or (exactly and version != own_version()):
+            return f"it has Python {version}"
+        return ""
+
+    def create(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.incomplete.touch()
+        made = subprocess.run(
+            [sys.executable, "-m", "venv", self.folder], check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        if made.returncode != 0:
+            shutil.rmtree(self.folder)
+            fail("This Python has no venv module: install it (on Debian: apt-get install python3-venv).")
+
+    def install(self, lock: int) -> None:
+        """Install what is pinned; the lock stays held while pip runs, also where this process is killed."""
+        download, disk = SIZES[self.name]
+        print(
+            f"Installing requirements/{self.name}.txt into {self.folder}: "
+            f"a first time downloads about {download} MB, which become {disk} MB ...",
+            flush=True,
+        )
+        self.incomplete.touch()
+        pip: list[str | Path] = [
+            self.python,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--require-hashes",
+        ]
+        if subprocess.run([*pip, "-r", self.requirements], check=False, pass_fds=[lock]).returncode != 0:
+            fail(f"pip could not install requirements/{self.name}.txt: its message is above.")
+        for name in (self.name, *INCLUDES.get(self.name, [])):
+            shutil.copyfile(REQUIREMENTS / f"{name}.txt", self.stamp(name))
+        self.incomplete.unlink()
+
+
+def own_version() -> str:
+    return f"{sys.version_info[0]}.{sys.version_info[1]}"
+
+
+def fail(message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    raise SystemExit(1)
+
+
+def acquire_lock(folder: Path) -> int:
+    """Lock the folder that the environment is in, so that two `make` at once do not install into it together."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print("Waiting for another `make` that installs here ...", flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def main(folder: Path, name: str, exactly: bool) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+    environment = Environment(folder, name)
+    if environment.is_current() and not environment.fault(exactly):
+        return
+    lock = acquire_lock(folder.parent)
+    fault = environment.fault(exactly)
+    if fault:
+        print(f"Making {folder} anew: {fault}.", flush=True)
+        shutil.rmtree(folder)
+    if not folder.exists():
+        environment.create()
+    if not environment.is_current():
+        environment.install(lock)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(IndexError):
+        try:
+            main(Path(sys.argv[1]).absolute(), sys.argv[2], "exactly" in sys.argv[3:])
+        except PermissionError as error:
+            fail(f"{error.filename} cannot be written: name other folders, as in `make run VENV=~/venv DATA=~/data`.")
+        except OSError as error:
+            fail(f"{sys.argv[1]} cannot be made: {error}.")
