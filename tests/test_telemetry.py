@@ -24,10 +24,9 @@ from typing import Any
 
 import pytest
 import yaml
-from prometheus_client import Histogram, multiprocess, values
 from prometheus_client.parser import text_string_to_metric_families
 
-from server import telemetry
+from server import logs, telemetry
 from tools import embedded_postgres as embedded
 
 ROOT = Path(__file__).parents[1]
@@ -106,7 +105,7 @@ class Service:
 
     def lines(self, message: str = "request") -> list[dict[str, Any]]:
         """Return the log lines so far with a message; every line must be a JSON object."""
-        time.sleep(2 * telemetry.FLUSH_SECONDS)
+        time.sleep(2 * logs.WRITE_SECONDS)
         return [line for line in map(json.loads, self.output.read_text().splitlines()) if message in line["message"]]
 
     def stop(self) -> None:
@@ -251,7 +250,7 @@ def test_metrics_without_a_database_count_its_errors_by_class(tmp_path: Path, po
         assert service.metrics()["database_query_duration_seconds_count"]["find",] >= 1
         [line] = service.lines("database")
         assert line["level"] == "warning"
-        assert line["message"] == "database: find failed, OperationalError, SQLSTATE None"
+        assert line["message"].startswith('database: find failed: connection to server on socket "/nowhere/')
 
 
 def test_metrics_of_each_statement_count_its_requests(service: Service) -> None:
@@ -260,24 +259,6 @@ def test_metrics_of_each_statement_count_its_requests(service: Service) -> None:
     service.call("GET", "/hello/Zoe")
     assert service.metrics()["database_batch_size_sum"] == {("find",): 1, ("save",): 3}
     assert service.metrics()["database_query_duration_seconds_count"] == {("find",): 1, ("save",): 3}
-
-
-def test_observer_counts_as_the_library_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    monkeypatch.setattr(values, "ValueClass", values.MultiProcessValue())
-    theirs, ours = (
-        Histogram(name, "Test.", ("a",), registry=None, buckets=telemetry.SECONDS) for name in ("theirs", "ours")
-    )
-    children = theirs.labels("x"), ours.labels("x")
-    observe = telemetry.observer(children[1])
-    for amount in (0, *telemetry.SECONDS, *(bound * 1.1 for bound in telemetry.SECONDS), 7):
-        children[0].observe(amount)
-        observe(amount)
-    found = {metric.name: metric.samples for metric in multiprocess.MultiProcessCollector(None).collect()}
-    assert [(sample.labels, sample.value) for sample in found["ours"]] == [
-        (sample.labels, sample.value) for sample in found["theirs"]
-    ]
-    assert max(sample.value for sample in found["ours"]) == 2 * len(telemetry.SECONDS) + 2
 
 
 def test_metrics_of_odd_methods_and_paths_share_one_name(service: Service) -> None:
@@ -388,7 +369,8 @@ def test_lines_of_the_last_moment_are_written_when_it_stops(service: Service) ->
 def test_lines_of_several_workers_do_not_mix_in_a_full_pipe(schema: None, tmp_path: Path) -> None:
     with serving(tmp_path, reader="sleep 3; exec cat") as service:
         work(service)
-    assert len(service.output.read_bytes()) > 65536
+        wait_until(lambda: service.output.read_bytes())
+    assert len(service.output.read_bytes()) > 65536  # what a pipe holds
     probes = sum(number for (_, route, _), number in service.answers.items() if route in telemetry.PROBES)
     assert len(service.lines()) == service.answers.total() - probes
     assert len({line["request_id"] for line in service.lines()}) == len(service.lines())
@@ -403,23 +385,8 @@ def test_warning_level_leaves_out_requests(schema: None, tmp_path: Path) -> None
 def test_text_format_is_for_reading(schema: None, tmp_path: Path) -> None:
     with serving(tmp_path, LOG_FORMAT="text") as service:
         service.call("GET", "/hello/Nobody", X_Request_Id="order-66")
-        time.sleep(2 * telemetry.FLUSH_SECONDS)
-        line = service.output.read_text().splitlines()[-1]
+        line = wait_until(lambda: [line for line in service.output.read_text().splitlines() if "GET" in line])[0]
         assert re.fullmatch(rf"{TIME.pattern} info     GET {HELLO} 404 [\d.]+ ms, \d+ bytes, order-66", line)
-
-
-@pytest.mark.parametrize(
-    "setting", ["LOG_LEVEL=loud", "LOG_FORMAT=xml", "TELEMETRY=maybe", "METRICS_PORT=http", "METRICS_PORT=65536"]
-)
-def test_a_setting_that_is_none_stops_the_start_with_one_line(setting: str) -> None:
-    name, value = setting.split("=")
-    command = [sys.executable, "-m", "gunicorn", "--check-config", "hello:application"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {name: value}, check=False, capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"{name}={value!r} is n")
-    assert done.stderr.count("\n") == 1
 
 
 def test_a_reader_that_went_away_does_not_stop_the_service(schema: None, tmp_path: Path) -> None:
@@ -431,11 +398,11 @@ def test_a_reader_that_went_away_does_not_stop_the_service(schema: None, tmp_pat
     try:
         assert embedded.wait_for_port(process, PORT)
         os.close(reading)
-        for number in range(2 * telemetry.FLUSH_ENTRIES):
+        for number in range(2 * 100):
             with pytest.raises(urllib.error.HTTPError) as refused:
                 urllib.request.urlopen(f"http://127.0.0.1:{PORT}/hello/Nobody", timeout=5)
             assert refused.value.code == 404
-            time.sleep(2 * telemetry.FLUSH_SECONDS if number == 0 else 0)
+            time.sleep(2 * logs.WRITE_SECONDS if number == 0 else 0)
     finally:
         process.terminate()
         process.wait()
@@ -476,7 +443,7 @@ def test_an_exception_is_logged_by_its_class_and_place_only() -> None:
         int("Quetzalcoatl")
     except ValueError:
         record = logging.LogRecord("hello", logging.ERROR, "", 0, "no %s", ("luck",), sys.exc_info())
-    line = json.loads(telemetry.Formatter().format(record))
+    line = json.loads(logs.Formatter().format(record))
     assert line["message"] == "no luck"
     assert re.fullmatch(r"ValueError at test_telemetry\.py:\d+ in test_\w+", line["exception"])
     assert "Quetzalcoatl" not in str(line)

@@ -1,0 +1,94 @@
+"""gunicorn's server hooks, which gunicorn.conf.py names: https://docs.gunicorn.org/en/stable/settings.html#server-hooks."""
+
+import os
+import resource
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from prometheus_client.multiprocess import mark_process_dead
+
+from server import settings
+
+MEMORY_FOLDER = next((path for path in ("/dev/shm",) if os.access(path, os.W_OK)), None)
+METRICS_FOLDER = Path(MEMORY_FOLDER or tempfile.gettempdir()) / f"hello-metrics-{os.getpid()}"
+
+
+def bind_addresses() -> list[str]:
+    """Return the addresses to listen on: the service's, and that of the metrics where there are any."""
+    addresses = [(settings.HOST, settings.PORT)]
+    if settings.METRICS_PORT and settings.TELEMETRY == "on":
+        addresses.append((settings.METRICS_HOST, settings.METRICS_PORT))
+    return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in addresses]
+
+
+def on_starting(server: Any) -> None:
+    """Allow the open files that WORKER_CONNECTIONS clients need: the usual soft limit is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * settings.WORKER_CONNECTIONS + 100
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
+def when_ready(server: Any) -> None:
+    """Make the folder where each worker keeps its metrics, so that any of them can add them up."""
+    shutil.rmtree(METRICS_FOLDER, ignore_errors=True)  # an earlier master may have had this process id
+    METRICS_FOLDER.mkdir(mode=0o700)
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(METRICS_FOLDER)
+
+
+def on_exit(server: Any) -> None:
+    """Remove the folder of the metrics."""
+    shutil.rmtree(METRICS_FOLDER, ignore_errors=True)
+
+
+def pre_fork(server: Any, worker: Any) -> None:
+    """Give a worker the lowest number that no living one has: it continues the metrics of the one that had it."""
+    taken = {other.number for other in server.WORKERS.values()}
+    worker.number = next(number for number in range(1, len(taken) + 2) if number not in taken)
+
+
+def post_worker_init(worker: Any) -> None:
+    """Put telemetry around the application, and a log line in the place of gevent's tracebacks."""
+    import gevent  # in the worker, because the master must import neither gevent nor hello
+
+    import hello
+    from server import logs
+    from server.telemetry import Telemetry
+
+    gevent.get_hub().print_exception = logs.log_uncaught
+    if settings.TELEMETRY == "on":
+        worker.wsgi = worker.telemetry = Telemetry(worker.wsgi, adapted(hello), worker.number)
+        worker.observe_refusal = worker.telemetry.observe_refusal
+
+
+def adapted(hello: Any) -> Any:
+    """Give version 1.0's hello the names that telemetry uses: until the new hello.py is there."""
+    from types import SimpleNamespace
+
+    if hasattr(hello, "USER_ROUTE"):
+        return hello
+
+    class Pool(SimpleNamespace):
+        in_use = property(lambda self: self.slots - self.pool.idle.qsize())
+        waiting_requests = property(lambda self: sum(len(batch.rows) for batch in self.pool.waiting))
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            hello.observe = value
+
+    def pool(old: Any) -> Pool:
+        return Pool(name=old.statement.__name__, slots=old.idle.qsize(), pool=old)
+
+    return SimpleNamespace(
+        __version__=hello.__version__,
+        USER_ROUTE=hello.HELLO,
+        find_date_of_birth=pool(hello.find_date_of_birth),
+        save_date_of_birth=pool(hello.save_date_of_birth),
+    )
+
+
+def child_exit(server: Any, worker: Any) -> None:
+    """Drop the gauges of a worker that ended; its counters stay."""
+    mark_process_dead(worker.number, METRICS_FOLDER)

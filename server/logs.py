@@ -1,0 +1,189 @@
+"""Log lines: their form, and a thread that writes them, so that a reader that stops cannot stop a process.
+
+A line names a route, never a user: no path, query string, username or date of birth, and of an exception its class and
+its location, because its text may quote any of these.
+
+gunicorn's master imports this module before its workers make the standard library cooperative. So the thread, the queue
+and the lock here are the system's own in every process.
+"""
+
+import atexit
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from _thread import allocate_lock, start_new_thread
+from collections.abc import Iterator
+from functools import lru_cache
+from queue import SimpleQueue
+from select import PIPE_BUF
+from time import gmtime, sleep, strftime
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from server import settings
+
+LOG = logging.getLogger("hello")
+IS_TEXT = settings.LOG_FORMAT == "text" or (settings.LOG_FORMAT == "auto" and sys.stdout.isatty())
+MAX_WAITING_LINES = 10_000  # about 5 MB; 1 second of requests at full load
+WRITE_SECONDS = 0.05  # lines of this time are written together: each write wakes the reader
+STOP_SECONDS = 1.0  # how long a process that ends waits for its last lines to be read
+
+# --- Form -------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=2)
+def utc(second: int) -> str:
+    return strftime("%Y-%m-%dT%H:%M:%S", gmtime(second))
+
+
+def timestamp(seconds: float) -> str:
+    """Return a time as RFC 3339 in UTC with milliseconds."""
+    return f"{utc(int(seconds))}.{int(seconds % 1 * 1000):03d}Z"
+
+
+def location(error: BaseException) -> str:
+    """Return the class of an exception and where it was raised, without its text."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
+    return type(error).__name__ + where
+
+
+class Formatter(logging.Formatter):
+    """Give the lines of gunicorn and of hello the form of those of requests."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment, level, message = timestamp(record.created), record.levelname.lower(), record.getMessage()
+        error = record.exc_info[1] if record.exc_info else None
+        if IS_TEXT:
+            return f"{moment} {level:8} {message}{': ' + location(error) if error else ''}"
+        entry = {"time": moment, "level": level, "message": message}
+        return json.dumps(entry | {"exception": location(error)} if error else entry)
+
+
+class Request(NamedTuple):
+    """What is logged of a request; each word is of a closed set, or of an alphabet that needs no escaping in JSON."""
+
+    time: float
+    method: str
+    route: str
+    status: str
+    seconds: float
+    size: int
+    request_id: str
+    trace_id: str
+
+    def line(self) -> str:
+        """Return its log line; that of a server error is a warning."""
+        moment, method, route, status, seconds, size, request_id, trace_id = self
+        level = "warning" if status[0] == "5" else "info"
+        if IS_TEXT:
+            trace = f" trace {trace_id}" if trace_id else ""
+            duration = f"{seconds * 1000:.1f} ms"
+            return (
+                f"{timestamp(moment)} {level:8} {method} {route} {status} {duration}, {size} bytes, {request_id}{trace}"
+            )
+        trace = f', "trace_id": "{trace_id}"' if trace_id else ""
+        return (
+            f'{{"time": "{timestamp(moment)}", "level": "{level}", "message": "request", "method": "{method}", '
+            f'"route": "{route}", "status": {status}, "duration_seconds": {seconds:.6f}, "bytes": {size}, '
+            f'"request_id": "{request_id}"{trace}}}'
+        )
+
+
+# --- Writing ----------------------------------------------------------------------------------------
+
+
+class LineWriter:
+    """Write lines to a file descriptor in a thread of its own; drop and count what is too much to wait.
+
+    A process that is forked has a thread and lines of its own.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.reset()
+        os.register_at_fork(after_in_child=self.reset)
+        atexit.register(self.close)
+
+    def reset(self) -> None:
+        self.waiting: SimpleQueue[str | Request | None] = SimpleQueue()
+        self.dropped = 0
+        self.finished: Any = None  # a lock, held by the thread while it runs
+
+    def add(self, line: "str | Request") -> None:
+        """Write a line soon; drop it where too many wait."""
+        if self.waiting.qsize() >= MAX_WAITING_LINES:
+            self.dropped += 1
+            return
+        self.waiting.put(line)
+        if self.finished is None:
+            self.start()
+
+    def start(self) -> None:
+        """Start the thread, with every signal blocked: they are for the main thread."""
+        self.finished = allocate_lock()
+        self.finished.acquire()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        start_new_thread(self.run, (self.waiting, self.finished))
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def run(self, waiting: "SimpleQueue[str | Request | None]", finished: Any) -> None:
+        """Write lines until there is a None among them."""
+        is_last = False
+        while not is_last:
+            lines = [waiting.get()]
+            sleep(WRITE_SECONDS if lines[0] else 0)
+            lines += [waiting.get() for _ in range(waiting.qsize())]
+            is_last = None in lines
+            for piece in pieces(line if isinstance(line, str) else line.line() for line in lines if line):
+                with contextlib.suppress(OSError):  # nobody reads any more
+                    os.write(self.descriptor, piece)
+        finished.release()
+
+    def close(self) -> None:
+        """Write what waits; give up after STOP_SECONDS where nobody reads it."""
+        if self.finished:
+            self.waiting.put(None)
+            self.finished.acquire(timeout=STOP_SECONDS)
+
+
+def pieces(lines: Iterator[str]) -> Iterator[bytes]:
+    """Join lines to pieces of at most PIPE_BUF bytes: no other process can write into the middle of one."""
+    piece = b""
+    for line in lines:
+        data = line.encode(errors="backslashreplace") + b"\n"
+        if piece and len(piece) + len(data) > PIPE_BUF:
+            yield piece
+            piece = b""
+        piece += data
+    yield piece
+
+
+WRITER = LineWriter(sys.stdout.fileno())
+
+
+class Handler(logging.Handler):
+    """Hand the lines of gunicorn and of hello to the writer."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        WRITER.add(self.format(record))
+
+
+# Of logging.config.dictConfig, for gunicorn's `logconfig_dict`.
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"line": {"()": Formatter}},
+    "handlers": {"stdout": {"()": Handler, "formatter": "line"}},
+    "root": {"level": settings.LOG_LEVEL.upper(), "handlers": ["stdout"]},
+    "loggers": {"gunicorn.error": {"propagate": True}, "gunicorn.access": {"propagate": False}},
+}
+
+
+def log_uncaught(context: object, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Log an exception that nothing caught, in the place of gevent's `Hub.print_exception`."""
+    LOG.error("uncaught exception", exc_info=(kind, error.with_traceback(trace), trace))

@@ -1,0 +1,104 @@
+"""The settings of the server: every one of them read, bounded, and rejected in one line."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from server import settings
+from server.settings import SETTINGS, Setting
+
+ROOT = Path(__file__).parents[1]
+CHECK = [sys.executable, "-m", "server", "--check-config"]
+
+
+def check(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Check gunicorn's configuration in an environment."""
+    command = command or (*CHECK,)
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, check=False, capture_output=True, text=True)
+
+
+def wrong_values(setting: Setting) -> Iterator[str]:
+    """Return values that a setting cannot have."""
+    if isinstance(setting.default, str):
+        yield from ("no-such-word..", "\x7f") if setting.choices else ("no-such-host..", "a" * 300, "1.2.3.4.5", "::g")
+        return
+    assert setting.minimum is not None
+    assert setting.maximum is not None
+    yield from ("x", "0x10", "nan", "inf", "-1", "1e400", "9" * 5000)
+    yield str(setting.minimum - 1)
+    yield str(setting.maximum + 1)
+    if isinstance(setting.default, int):
+        yield str(setting.minimum + 0.5)
+
+
+WRONG = [(setting.name, value) for setting in SETTINGS.values() for value in wrong_values(setting)]
+
+
+def right_values(setting: Setting) -> Iterator[str]:
+    """Return values at the edges of what a setting can have, and none at all, which means the default."""
+    yield from ("", str(setting.default))
+    yield from setting.choices or ("localhost", "0.0.0.0") if isinstance(setting.default, str) else ()
+    if setting.maximum is not None:
+        yield from (str(setting.minimum), f"{setting.maximum:.0f}")
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG, ids=lambda text: text[:20])
+def test_a_wrong_value_is_one_line_that_names_the_setting(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stopped:
+        read_again(SETTINGS[name])
+    message = str(stopped.value)
+    assert message.startswith(f"{name}={value!r} must be ")
+    assert message.endswith(f"; the default is {SETTINGS[name].default}")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(setting.name, value) for setting in SETTINGS.values() for value in right_values(setting)]
+)
+def test_a_right_value_is_read(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    default = SETTINGS[name].default
+    assert read_again(SETTINGS[name]) == type(default)(value or default)
+
+
+def read_again(setting: Setting) -> int | float | str:
+    """Read a setting as settings.py does, from the environment of now."""
+    if setting.choices:
+        return settings.word(setting.name, setting.choices, str(setting.default), setting.meaning)
+    if isinstance(setting.default, str):
+        return settings.host(setting.name, setting.default, setting.meaning)
+    assert setting.minimum is not None
+    assert setting.maximum is not None
+    return settings.number(
+        setting.name, setting.default, setting.unit, setting.minimum, setting.meaning, setting.maximum
+    )
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_wrong_value_stops_the_start_with_one_line_and_no_traceback(name: str) -> None:
+    done = check(**{name: "no..such"})
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"{name}='no..such' must be ")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("name", sorted({*SETTINGS} - {"WEB_CONCURRENCY"}))  # which gunicorn itself reads first
+def test_a_wrong_value_stops_gunicorn_with_one_line_and_no_traceback(name: str) -> None:
+    done = check(sys.executable, "-m", "gunicorn", "--check-config", "hello:application", **{name: "no..such"})
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"{name}='no..such' must be ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_attribute_of_each_setting_has_its_name_and_type() -> None:
+    for setting in SETTINGS.values():
+        assert type(getattr(settings, setting.name)) is type(setting.default)
+        assert setting.meaning and setting.unit
