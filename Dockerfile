@@ -12,9 +12,9 @@ RUN python -m pip --python /venv/bin/python install --no-cache-dir --require-has
 
 FROM base
 COPY --from=dependencies /venv /venv
-# 0.0.0.0: other containers fetch the metrics; who else may is decided by what is published.
+# Other containers must reach both ports; what is published decides who else can.
 ENV PATH=/venv/bin:$PATH \
-    METRICS_HOST=0.0.0.0
+    HOST=0.0.0.0 METRICS_HOST=0.0.0.0
 WORKDIR /app
 # Readable for the user below, whatever the umask of the clone.
 COPY --chmod=444 server/*.py server/

@@ -58,7 +58,7 @@ def post_worker_init(worker: Any) -> None:
     from server import logs
     from server.telemetry import Telemetry
 
-    gevent.get_hub().print_exception = logs.log_uncaught
+    gevent.get_hub().print_exception = logs.log_uncaught  # type: ignore[method-assign, assignment]
     if settings.TELEMETRY == "on":
         worker.wsgi = worker.telemetry = Telemetry(worker.wsgi, adapted(hello), worker.number)
         worker.observe_refusal = worker.telemetry.observe_refusal
@@ -91,4 +91,4 @@ def adapted(hello: Any) -> Any:
 
 def child_exit(server: Any, worker: Any) -> None:
     """Drop the gauges of a worker that ended; its counters stay."""
-    mark_process_dead(worker.number, METRICS_FOLDER)
+    mark_process_dead(worker.number, METRICS_FOLDER)  # type: ignore[no-untyped-call]

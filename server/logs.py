@@ -184,6 +184,9 @@ LOGGING = {
 }
 
 
-def log_uncaught(context: object, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Log an exception that nothing caught, in the place of gevent's `Hub.print_exception`."""
-    LOG.error("uncaught exception", exc_info=(kind, error.with_traceback(trace), trace))
+def log_uncaught(
+    context: object, kind: type[BaseException] | None, error: BaseException | str | None, trace: TracebackType | None
+) -> None:
+    """Log an exception that nothing caught, in the place of gevent's `Hub.print_exception`, which prints its text."""
+    if kind and isinstance(error, BaseException):
+        LOG.error("uncaught exception", exc_info=(kind, error.with_traceback(trace), trace))

@@ -163,7 +163,7 @@ class Telemetry:
 
     def __init__(self, application: WSGIApplication, service: ModuleType, number: int) -> None:
         # By process id, the library would keep files of each worker that ever ran: client_python's issue 509.
-        values.ValueClass = values.MultiProcessValue(lambda: number)
+        values.ValueClass = values.MultiProcessValue(lambda: number)  # type: ignore[no-untyped-call]
         self.application = application
         self.logs_all = settings.LOG_LEVEL in {"debug", "info"}
         self.logs_errors = self.logs_all or settings.LOG_LEVEL == "warning"
@@ -263,7 +263,7 @@ class AggregatedMetrics(Collector):
     """The metrics added up over all workers, and http_requests_total: each duration is one request."""
 
     def collect(self) -> Iterator[Metric]:
-        for metric in multiprocess.MultiProcessCollector(None).collect():
+        for metric in multiprocess.MultiProcessCollector(None).collect():  # type: ignore[no-untyped-call]
             yield metric
             if metric.name == "http_request_duration_seconds":
                 requests = CounterMetricFamily("http_requests", "Requests answered.")

@@ -369,7 +369,7 @@ def test_lines_of_the_last_moment_are_written_when_it_stops(service: Service) ->
 def test_lines_of_several_workers_do_not_mix_in_a_full_pipe(schema: None, tmp_path: Path) -> None:
     with serving(tmp_path, reader="sleep 3; exec cat") as service:
         work(service)
-        wait_until(lambda: service.output.read_bytes())
+        wait_until(service.output.read_bytes)
     assert len(service.output.read_bytes()) > 65536  # what a pipe holds
     probes = sum(number for (_, route, _), number in service.answers.items() if route in telemetry.PROBES)
     assert len(service.lines()) == service.answers.total() - probes
