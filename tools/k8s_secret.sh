@@ -1,32 +1,35 @@
 #!/bin/sh
-# Make a random database password and give it to the database, the Secret and the API, in this order: `make k8s-secret`.
-# Where a step fails, run it again: changing the role needs no password. None is ever an argument of a process.
+# Give the database a random password, or a new one: `make k8s-secret`. Run it again after a failure.
+# The password is never an argument of a process, and never in an annotation.
 set -eu
 kubectl=${KUBECTL:-kubectl}
 password=$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')
 
 exists() { $kubectl get "$@" --ignore-not-found --output=name; }
+secret=$(exists secret hello-database-password)
 pod=$(exists pod hello-database-0)
 volume=$(exists persistentvolumeclaim data-hello-database-0)
 deployment=$(exists deployment hello-api)
 
-# Postgres takes the password from the environment only when its volume is empty.
-if [ -n "$pod" ]; then
-  echo "ALTER ROLE hello PASSWORD '$password'" | $kubectl exec --stdin hello-database-0 --container=database -- \
-    psql --quiet --no-psqlrc --username=postgres --set=ON_ERROR_STOP=1
-elif [ -n "$volume" ]; then
-  echo 'The volume data-hello-database-0 has a password, and no database runs to change it: first `make k8s-apply`.' >&2
+# The image sets the password only in an empty volume.
+if [ -z "$pod" ] && [ -n "$volume" ]; then
+  echo 'The volume data-hello-database-0 keeps its old password, and no database runs to change it.' >&2
+  echo 'First run: make k8s-apply. Or delete the volume: kubectl delete pvc data-hello-database-0' >&2
   exit 1
 fi
 
-# Applied by the server: kubectl itself would keep a copy of the password in an annotation. Encoded, because the server
-# applies `stringData` once and not again.
-encoded=$(printf %s "$password" | base64)
-# PASSWORD is for the pods of this folder; username, password and the label are for CloudNativePG (ha/).
-$kubectl apply --server-side --force-conflicts --filename=- <<END
+# The type of a Secret cannot be changed, so an existing one keeps its type.
+verb=create
+type=Opaque
+if [ -n "$secret" ]; then
+  verb=replace
+  type=$($kubectl get secret hello-database-password --output='jsonpath={.type}')
+fi
+
+write_secret() {
+  $kubectl "$verb" --filename=- "$@" <<END
 apiVersion: v1
 kind: Secret
-type: kubernetes.io/basic-auth
 metadata:
   name: hello-database-password
   labels:
@@ -37,13 +40,23 @@ metadata:
     app.kubernetes.io/part-of: hello
     app.kubernetes.io/managed-by: kubectl
     cnpg.io/reload: "true"
+type: $type
 data:
-  PASSWORD: $encoded
   username: $(printf hello | base64)
-  password: $encoded
+  password: $(printf %s "$password" | base64)
 END
+}
 
-# Pods that run keep their connections; they could open no new one with the old password.
+# The server refuses here what it would refuse after ALTER ROLE.
+write_secret --dry-run=server >/dev/null
+if [ -n "$pod" ]; then
+  # Over the socket of the pod, which needs no password.
+  echo "ALTER ROLE hello PASSWORD '$password'" | $kubectl exec --stdin hello-database-0 --container=database -- \
+    psql --quiet --no-psqlrc --username=postgres --set=ON_ERROR_STOP=1
+fi
+write_secret
+
+# The pods read the Secret when they start. Their open connections stay.
 if [ -n "$deployment" ]; then
   $kubectl rollout restart deployment/hello-api
   $kubectl rollout status deployment/hello-api --timeout=10m
