@@ -1,0 +1,69 @@
+"""A stand-in for kubectl: objects in the folder STATE, and psql of the tests' Postgres for `exec`.
+
+Its Secrets behave as those of the API server: `create` needs a new name, `replace` an existing one of the same type that
+is not immutable. A file STATE/unreachable stands for a cluster that does not answer, STATE/read-only for one that refuses
+each write which is no dry run. Each look at the Deployment adds a replica, as the autoscaler does, up to STATE/most.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+STATE = Path(os.environ["STATE"])
+
+
+def get(kind: str, name: str, *options: str) -> None:
+    """Print an object's name, or one value of it."""
+    path = STATE / f"{kind}-{name}.json"
+    if not path.exists():
+        sys.exit(0 if "--ignore-not-found" in options else f"{kind} {name} not found")
+    if "--output=name" in options:
+        print(f"{kind}/{name}")
+        return
+    item = json.loads(path.read_text())
+    value = item
+    (output,) = (option for option in options if option.startswith("--output=jsonpath="))
+    for key in output.split("{.")[1].rstrip("}").split("."):
+        value = value[key]
+    print(value, end="")
+    if kind == "deployment" and (STATE / "most").exists():
+        item["spec"]["replicas"] = min(item["spec"]["replicas"] + 1, int((STATE / "most").read_text()))
+        path.write_text(json.dumps(item))
+
+
+def write(verb: str, *options: str) -> None:
+    """Create or replace the Secret that stands on standard input."""
+    import yaml  # here, because it takes longer than all the rest
+
+    item = yaml.safe_load(sys.stdin)
+    path = STATE / f"secret-{item['metadata']['name']}.json"
+    if path.exists() == (verb == "create"):
+        sys.exit("AlreadyExists" if verb == "create" else "NotFound")
+    old = json.loads(path.read_text()) if path.exists() else {"type": item["type"]}
+    if old["type"] != item["type"] or old.get("immutable"):
+        sys.exit("field is immutable")
+    if "--dry-run=server" not in options:
+        if (STATE / "read-only").exists():
+            sys.exit("the server is currently unable to handle the request")
+        path.write_text(json.dumps(item))
+
+
+def main(verb: str, *arguments: str) -> None:
+    """Do what kubectl would do, as far as the scripts need it."""
+    with (STATE / "arguments").open("a") as log:
+        print(verb, *arguments, file=log)
+    if (STATE / "unreachable").exists():
+        sys.exit("the connection to the server was refused")
+    if verb == "get":
+        get(*arguments)
+    elif verb in {"create", "replace"}:
+        write(verb, *arguments)
+    elif verb == "exec":
+        command = [f"{os.environ['PROGRAMS']}/psql", *arguments[arguments.index("--") + 2 :], "--dbname=postgres"]
+        sys.exit(subprocess.run(command, check=False).returncode)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
