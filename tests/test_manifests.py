@@ -41,7 +41,7 @@ OLDEST, NEWEST = "1.30", kubernetes_validate.latest_version()
 LABELS = {f"app.kubernetes.io/{name}" for name in ("name", "instance", "version", "component", "part-of", "managed-by")}
 SELECTOR_LABELS = {f"app.kubernetes.io/{name}" for name in ("name", "instance", "component")}
 LIBPQ = {"PGHOST", "PGUSER", "PGDATABASE", "PGPASSWORD", "PGSSLMODE", "PGTARGETSESSIONATTRS"}
-# By the operator: Service hello-ha-rw. By tools/k8s_secret.sh and by users: the others.
+# By tools/k8s_secret.sh or by users.
 MADE_ELSEWHERE = {"ConfigMap/hello-api-override", "ConfigMap/hello-database-ca", "Secret/hello-database-password"}
 RESERVED_CONNECTIONS = 3  # superuser_reserved_connections
 BACKEND_MIB = 2.5  # memory of a connection; a test measures it
@@ -123,11 +123,10 @@ def test_plain_folder_needs_no_custom_resource_definition() -> None:
 
 
 def test_second_apply_finds_nothing_to_change() -> None:
-    """Check that what the API server would fill in is written out where `kubectl apply` would see a difference.
+    """Check that defaults of the API server are written out where `kubectl apply` would see a difference.
 
-    Lists without a merge key (ports of a NetworkPolicy, volumeClaimTemplates) and `strategy` (patch strategy retainKeys) are
-    compared whole; `stringData` is never there to compare with. A PodDisruptionBudget is always patched (kubectl replaces
-    its selector).
+    It compares lists without a merge key and `strategy` (patch strategy retainKeys) as a whole, and finds no `stringData`.
+    A PodDisruptionBudget is always `configured`: the patch strategy of its selector is `replace`.
     """
     assert [title(item) for item in PLAIN if "stringData" in item] == []
     rules = [rule for item in of_kind("NetworkPolicy") for rule in values(item["spec"], "ports")]
@@ -220,7 +219,9 @@ def test_restored_cluster_is_like_the_one_it_replaces() -> None:
     specs = []
     for name in ("hello-ha", "hello-restored"):
         spec = json.loads(json.dumps(get(f"Cluster/{name}")["spec"]).replace(f'"{name}"', '"NAME"'))
-        specs.append({key: value for key, value in spec.items() if key not in {"bootstrap", "plugins", "externalClusters"}})
+        specs.append(
+            {key: value for key, value in spec.items() if key not in {"bootstrap", "plugins", "externalClusters"}}
+        )
     assert specs[0] == specs[1]
 
 

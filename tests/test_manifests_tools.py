@@ -107,7 +107,7 @@ def cluster(server: Database, tmp_path: Path) -> Cluster:
     server.query("DROP ROLE IF EXISTS hello")
     script = data("ConfigMap", "hello-database")["role.sql"]
     environment = os.environ | server.environment | {"POSTGRES_PASSWORD": DEVELOPMENT_PASSWORD}
-    command = [binaries() / "psql", "--quiet", "--no-psqlrc", "--set=ON_ERROR_STOP=1"]
+    command = [str(binaries() / "psql"), "--quiet", "--no-psqlrc", "--set=ON_ERROR_STOP=1"]
     subprocess.run(command, input=script, env=environment, text=True, check=True)
     state = tmp_path / "state"
     state.mkdir()

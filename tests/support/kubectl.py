@@ -1,8 +1,8 @@
 """A stand-in for kubectl: objects in the folder STATE, and psql of the tests' Postgres for `exec`.
 
-Its Secrets behave as those of the API server: `create` needs a new name, `replace` an existing one of the same type that
-is not immutable. A file STATE/unreachable stands for a cluster that does not answer, STATE/read-only for one that refuses
-each write which is no dry run. Each look at the Deployment adds a replica, as the autoscaler does, up to STATE/most.
+Secrets behave as in the API server: `create` needs a new name, `replace` a Secret of the same type that is mutable.
+With a file STATE/unreachable every call fails, with STATE/read-only every write that is not a dry run. Each `get` of a
+Deployment adds a replica, as the autoscaler does, up to the number in STATE/most.
 """
 
 import json

@@ -95,7 +95,9 @@ def environment(container: Object) -> dict[str, str]:
     """Return a container's environment as the kubelet makes it: of several sources, the last one wins."""
     result: dict[str, str] = {}
     for source in container["envFrom"]:
-        kind, reference = ("ConfigMap", source["configMapRef"]) if "configMapRef" in source else ("Secret", source["secretRef"])
+        kind, reference = (
+            ("ConfigMap", source["configMapRef"]) if "configMapRef" in source else ("Secret", source["secretRef"])
+        )
         result |= {source.get("prefix", "") + key: value for key, value in data(kind, reference["name"]).items()}
     for item in container["env"]:
         reference = item["valueFrom"]["secretKeyRef"]
