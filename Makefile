@@ -104,10 +104,8 @@ diagrams: docs-environment ## Draw the pictures of docs/ (needs Graphviz)
 	@$(VENV)/docs/bin/python docs/draw.py
 
 .PHONY: k8s-apply k8s-secret k8s-status k8s-delete k8s-monitoring k8s-smoke kind
-k8s-apply: ## Apply k8s/ to the current cluster and namespace, and wait until it is ready
-	@$(KUBECTL) apply -f k8s/
-	@$(KUBECTL) rollout status statefulset/hello-database --timeout=10m
-	@$(KUBECTL) rollout status deployment/hello-api --timeout=10m
+k8s-apply: ## Apply k8s/ to the current cluster and namespace, and wait until two pods are ready
+	@tools/k8s_apply.sh
 
 k8s-secret: ## Create or change the database's password; it replaces the development one
 	@tools/k8s_secret.sh
@@ -120,8 +118,8 @@ k8s-status: ## Show the objects of k8s/ and their load
 k8s-delete: ## Delete the objects of k8s/; the database's volume and password stay
 	@$(KUBECTL) delete -f k8s/ --ignore-not-found
 
-k8s-monitoring: ## Generate k8s/monitoring/ from the rules and the dashboard of monitoring/
-	@$(or $(PYTHON),python3) tools/k8s_monitoring.py
+k8s-monitoring: ## Apply k8s/monitoring/ and the rules and the dashboard of monitoring/ (for the Prometheus Operator)
+	@$(or $(PYTHON),python3) tools/k8s_monitoring.py | $(KUBECTL) apply -f k8s/monitoring/ -f -
 
 k8s-smoke: ## Apply k8s/ and check that a rolling update loses no request
 	@tools/k8s_smoke.sh

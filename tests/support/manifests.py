@@ -65,7 +65,7 @@ def containers(pod: Object) -> list[Object]:
 def main_container(pod: Object) -> Object:
     """Return the only container of a pod template that is not an init container."""
     (container,) = pod["spec"]["containers"]
-    return container  # type: ignore[no-any-return]
+    return container
 
 
 def port_numbers(pod: Object) -> dict[str, int]:
