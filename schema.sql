@@ -1,16 +1,30 @@
--- The tables of hello. Safe to apply again, and by several replicas at once.
--- `python hello.py init-db` applies it; `psql -f schema.sql` with the same environment does too.
+-- The table of hello. It is safe to apply this again, also by several clients at once.
+-- `python hello.py init-db` applies it; `psql -f schema.sql` with the same environment does, too.
 
 BEGIN;
 
--- CREATE TABLE IF NOT EXISTS can still collide with itself: whoever comes second waits here.
+-- CREATE TABLE IF NOT EXISTS fails if another client creates the table at the same moment.
 SELECT pg_advisory_xact_lock(hashtext('hello/schema.sql'));
 
 CREATE TABLE IF NOT EXISTS users (
-    -- "C" compares bytes: no locale's upgrade can ever corrupt the index, and it is the fastest order.
-    -- The service sends names of 1 to 255 letters in NFC, of 2,500 bytes at most (an index entry holds 2,704).
+    -- "C" compares bytes: no update of a locale can corrupt the index.
     username text COLLATE "C" PRIMARY KEY,
     date_of_birth date NOT NULL
 );
+
+-- What the service could not read. NOT VALID: rows of version 1.0 are not checked, and the table is not scanned.
+DO $$
+BEGIN
+    IF NOT EXISTS (
+        SELECT FROM pg_constraint WHERE conrelid = 'users'::regclass AND conname = 'users_username_is_nfc'
+    ) THEN
+        SET LOCAL lock_timeout = '1s';
+        ALTER TABLE users
+            ADD CONSTRAINT users_username_is_nfc CHECK (username <> '' AND username IS NFC NORMALIZED) NOT VALID,
+            ADD CONSTRAINT users_date_of_birth_has_four_digits
+                CHECK (date_of_birth BETWEEN '0001-01-01' AND '9999-12-31') NOT VALID;
+    END IF;
+END
+$$;
 
 COMMIT;

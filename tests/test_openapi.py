@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-import embedded
+
 import hypothesis
 import jsonschema_rs
 import openapi_spec_validator
