@@ -37,6 +37,13 @@ def database(postgres: Database) -> dict[str, str]:
 
 
 @pytest.fixture
+def table(postgres: Database, database: dict[str, str]) -> Database:
+    """The database with the table emptied; its methods use connections of their own."""
+    postgres.query("TRUNCATE users")
+    return postgres
+
+
+@pytest.fixture
 def report(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
     """Keep a line about what a test measured; the end of the run shows it."""
     return lambda text: record_property("report", text)

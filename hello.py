@@ -8,13 +8,12 @@ Routes
     GET     /openapi.yaml       200, the description of this interface (OpenAPI 3.1)
     HEAD and OPTIONS work on each. Every error is {"message": "<what is wrong and what would be right>"}.
 
-Run it with `gunicorn hello:application`, or `python hello.py` for the standard library's server. `python hello.py init-db`
-applies schema.sql. The database is the one of libpq's settings (PGHOST, PGUSER, ...); the other settings are below.
+Run it with `gunicorn hello:application`, or with `python hello.py` on the standard library's server; `python hello.py
+init-db` applies schema.sql. Settings are the environment variables below and those of libpq (PGHOST, PGUSER, ...).
 """
 
 import json
 import logging
-import math
 import os
 import re
 import select
@@ -30,11 +29,9 @@ from contextlib import suppress
 from datetime import date, datetime
 from functools import partial
 from http import HTTPStatus
-from itertools import cycle
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from time import monotonic, sleep
-from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 from wsgiref.simple_server import make_server
 from wsgiref.types import StartResponse, WSGIEnvironment
@@ -48,19 +45,31 @@ __version__ = "1.0.0"
 # --- Settings ---------------------------------------------------------------------------------------
 
 Value = TypeVar("Value", int, float, str, ZoneInfo)
-SETTINGS: dict[str, SimpleNamespace] = {}  # the declarations; a unit is "s" for seconds or ""
 
 
-def setting(kind: Callable[[str], Value], name: str, default: str, unit: str, minimum: float, meaning: str) -> Value:
+class Setting(NamedTuple):
+    """An environment variable; a unit is "s" for seconds or "", a minimum is that of a number."""
+
+    default: str
+    unit: str
+    minimum: float
+    meaning: str
+
+
+SETTINGS: dict[str, Setting] = {}
+
+
+def setting(kind: Callable[[str], Value], name: str, *declaration: Any) -> Value:
     """Declare a setting and return its value; exit with one line if that is unusable."""
-    SETTINGS[name] = SimpleNamespace(name=name, default=default, unit=unit, minimum=minimum, meaning=meaning)
+    SETTINGS[name] = Setting(*declaration)
+    default, _, minimum, meaning = SETTINGS[name]
     text = os.environ.get(name) or default
     with suppress(ValueError, KeyError, OSError):  # the last two are ZoneInfo's
         value = kind(text)
-        if not isinstance(value, int | float) or minimum <= value < math.inf:
+        if not isinstance(value, int | float) or minimum <= value < float("inf"):
             return value
-    bound = f", at least {minimum:g}" if minimum else ""
-    sys.exit(f"{name}={text!r} cannot be used: it is the {meaning}{bound}; the default is {default}")
+    bound = f" of at least {minimum:g}" if minimum else ""
+    sys.exit(f"{name}={text!r} cannot be used: it must be the {meaning}{bound}; the default is {default}")
 
 
 HOST = setting(str, "HOST", "127.0.0.1", "", 0, "address that the service listens on")
@@ -174,7 +183,7 @@ def read_content(environ: WSGIEnvironment) -> bytes:
     try:
         length = max(0, min(int(stated or MAX_CONTENT_BYTES + 1), MAX_CONTENT_BYTES + 1))
         content: bytes = environ["wsgi.input"].read(length)
-    except Exception:  # noqa: BLE001 - each server has its own errors for a bad chunk or a closed connection
+    except Exception:  # each server has its own for a bad chunk or a closed connection
         raise HTTPError(400, "The content must be complete and well-formed.") from None
     if len(content) > MAX_CONTENT_BYTES:
         raise HTTPError(413, f"The content must be at most {MAX_CONTENT_BYTES} bytes long.")
@@ -241,7 +250,6 @@ ROUTES: dict[str, dict[str, Callable[..., Response]]] = {
     "/openapi.yaml": {"GET": lambda environ: Response(200, OPENAPI, "application/yaml")},  # RFC 9512
 }
 STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
-HEADERS = (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"))
 UNAVAILABLE = (503, "The database does not answer: try again in a second.", ("Retry-After", "1"))
 
 
@@ -267,11 +275,11 @@ def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iter
         response = route(environ)
     except HTTPError as error:
         response = error.response
-    except Exception as error:  # noqa: BLE001 - a defect; its text may hold personal data, its location does not
+    except Exception as error:  # a defect: its text may hold personal data, its location does not
         location = traceback.extract_tb(error.__traceback__)[-1]
         LOG.error("%s in %s, line %s", type(error).__name__, location.filename, location.lineno)
         response = message_response(*UNAVAILABLE)
-    headers = [*HEADERS, *response.headers]
+    headers = [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), *response.headers]
     if response.content is not None:
         headers += [("Content-Type", response.content_type), ("Content-Length", str(len(response.content)))]
     start_response(STATUS_LINES[response.status], headers)
@@ -293,14 +301,14 @@ class Connection(extensions.connection):
     writer, writer_since = "", 0.0  # which server takes the writes
     blocked_until = 0.0  # for writes, because a standby is missing
 
-    def __init__(self, dsn: str, deadline: float, **arguments: Any) -> None:
+    def __init__(self, deadline: float, dsn: str, **arguments: Any) -> None:
         self.offset, self.deadline, self.opened = Connection.offset, deadline, monotonic()
         try:
             super().__init__(dsn, **arguments)
             self.autocommit = True
             with self.cursor() as cursor:
                 cursor.execute(ON_CONNECT, (DATABASE_TIMEOUT,))
-                server_time, self.server, self.waiting_commits = cursor.fetchone()
+                ((server_time, self.server, self.waiting_commits),) = cursor.fetchall()
             self.clock = server_time - monotonic()  # the server's time at our monotonic zero
         except BaseException:
             self.leave()  # at once: later, the server could complete it
@@ -312,75 +320,74 @@ class Connection(extensions.connection):
         Connection.offset = max(Connection.offset, self.offset + 1)
 
 
-def is_ready(connection: extensions.connection, event: int, seconds: float) -> bool:
-    """Wait for an event of a connection's socket; return whether it came."""
-    poller = select.poll()
-    poller.register(connection, event)
-    return bool(poller.poll(max(0, seconds) * 1000))
-
-
 def wait(connection: extensions.connection) -> None:
-    """Wait until libpq can go on, where it would block; raise TimeoutError at the connection's deadline, if it has one."""
+    """Wait until libpq can go on, where it would block; raise TimeoutError at the connection's deadline."""
     start = monotonic()
     deadline = getattr(connection, "deadline", start + 3600)
     while (state := connection.poll()) != extensions.POLL_OK:
         if state not in {extensions.POLL_READ, extensions.POLL_WRITE}:
             raise psycopg2.OperationalError("the connection failed")
-        event = select.POLLIN if state == extensions.POLL_READ else select.POLLOUT
-        if not is_ready(connection, event, deadline - monotonic()):
+        poller = select.poll()
+        poller.register(connection, select.POLLIN if state == extensions.POLL_READ else select.POLLOUT)
+        if not poller.poll(max(0, deadline - monotonic()) * 1000):
             raise TimeoutError(f"no answer within {deadline - start:.1f} s")
 
 
 extensions.set_wait_callback(wait)
 
 
-def servers(deadline: float) -> list[tuple[str, str, str]]:
-    """Return host, address and port of each server in PGHOST, looked up side by side; libpq would block the process."""
+def servers(deadline: float) -> dict[str, str]:
+    """Return libpq's host, hostaddr and port. It would look names up itself, but block the process for each."""
     hosts, ports = (os.environ.get(name, "").split(",") for name in ("PGHOST", "PGPORT"))
     names = {host for host in hosts if host[:1] not in {"", "/", "@"}}  # the others are sockets
     for name in names:
         if name not in lookups or lookups[name].done():
             lookups[name] = resolver.submit(socket.getaddrinfo, name, None, type=socket.SOCK_STREAM)
     started = {name: lookups[name] for name in names}
-    half, found = (deadline - monotonic()) / 2, []
-    for _ in range(2):  # once one host has an address, the others get no more than half of the time
-        futures.wait(started.values(), 0 if found else half)
+    found: list[tuple[str, str, str]] = []
+    for moment in ((monotonic() + deadline) / 2, deadline):  # the second only if no host has an address by the first
+        futures.wait(started.values(), 0 if found else moment - monotonic())
         known = {name: lookup.result() for name, lookup in started.items() if lookup.done() and not lookup.exception()}
-        addresses = {name: dict.fromkeys(str(entry[4][0]) for entry in known[name]) for name in known}
-        pairs = zip(hosts, cycle(ports), strict=False)
+        addresses = {name: list(dict.fromkeys(str(entry[4][0]) for entry in known[name])) for name in known}
+        pairs = list(zip(hosts, ports * len(hosts), strict=False))
         found = [(host, at, port) for host, port in pairs for at in addresses.get(host, [] if host in names else [""])]
-    return found
+    if not found:
+        raise psycopg2.OperationalError(f"PGHOST={','.join(hosts)} has no address")
+    offset = Connection.offset % len(found)
+    lists = zip(*found[offset:], *found[:offset], strict=True)
+    return dict(zip(("host", "hostaddr", "port"), map(",".join, lists), strict=True))
 
 
 def connect() -> Connection:
     """Open a connection with libpq's settings; raise psycopg2.Error or TimeoutError."""
-    deadline, options = monotonic() + CONNECT_TIMEOUT, {"fallback_application_name": "hello", "client_encoding": "UTF8"}
+    deadline = monotonic() + CONNECT_TIMEOUT
+    options: dict[str, Any] = {"fallback_application_name": "hello", "client_encoding": "UTF8"}
+    options["tcp_user_timeout"] = round(CONNECT_TIMEOUT * 1000)
     if not os.environ.get("PGHOSTADDR") and not os.environ.get("PGSERVICE"):
-        if not (found := servers(deadline)):
-            raise psycopg2.OperationalError("PGHOST has no address")
-        start = Connection.offset % len(found)
-        lists = map(",".join, zip(*found[start:], *found[:start], strict=True))
-        options |= dict(zip(("host", "hostaddr", "port"), lists, strict=True))
-    options["tcp_user_timeout"] = str(round(CONNECT_TIMEOUT * 1000))
-    return psycopg2.connect(connection_factory=partial(Connection, deadline=deadline), **options)
+        options |= servers(deadline)
+    return psycopg2.connect(None, partial(Connection, deadline), **options)
 
 
 def usable(connection: Connection | None, *, writes: bool) -> Connection:
-    """Return the connection, or a new one if the server has closed it or another server takes the writes now."""
+    """Return the connection, or a new one if its server has closed it or another server takes the writes now."""
     if connection and not connection.closed:
-        if connection.opened >= Connection.writer_since and not is_ready(connection, select.POLLIN, 0):
+        poller = select.poll()
+        poller.register(connection, select.POLLIN)
+        follows = connection.server == Connection.writer or connection.opened >= Connection.writer_since
+        if follows and not poller.poll(0):
             return connection
         connection.close()
-    if writes and monotonic() < Connection.blocked_until:
-        raise psycopg2.OperationalError("earlier writes still wait for a synchronous standby")
-    connection = connect()
-    if writes and connection.waiting_commits:
+    if not writes:
+        return connect()
+    if monotonic() >= Connection.blocked_until:
+        connection = connect()
+        if not connection.waiting_commits:
+            if connection.server != Connection.writer:
+                Connection.writer, Connection.writer_since = connection.server, connection.opened
+            return connection
         Connection.blocked_until = monotonic() + CONNECT_TIMEOUT
         connection.leave()
-        return usable(None, writes=True)
-    if writes and connection.server != Connection.writer:
-        Connection.writer, Connection.writer_since = connection.server, connection.opened
-    return connection
+    raise psycopg2.OperationalError("earlier writes still wait for a synchronous standby")
 
 
 def find(cursor: Any, usernames: list[str]) -> list[date | None]:
@@ -391,7 +398,7 @@ def find(cursor: Any, usernames: list[str]) -> list[date | None]:
 
 
 def save(cursor: Any, rows: list[tuple[str, date]]) -> list[None]:
-    """Save pairs of a username and a date of birth: of each username the last, sorted so that batches do not deadlock."""
+    """Save pairs of a username and a date of birth, of each username the last; sorted, so that no batches deadlock."""
     connection, unique = cursor.connection, sorted(dict(rows).items())
     connection.notices.clear()
     statement = SAVE_DATES_OF_BIRTH.format(rows=", ".join(["%s"] * len(unique)))
@@ -416,16 +423,16 @@ class Batcher:
     """Run one statement for all requests that wait for a connection (natural batching).
 
     The first request of a batch leads it: it takes the next idle connection, at once if there is one, and runs the
-    statement for all rows that have joined by then. `observe(name, rows, seconds, error)` is called after each statement.
+    statement for all rows that have joined. After each statement it calls `observe(name, rows, seconds, error)`.
     """
 
     def __init__(self, statement: Callable[[Any, list[Any]], list[Any]]) -> None:
-        self.name, self.statement, self.size = statement.__name__, statement, DATABASE_CONNECTIONS
+        self.name, self.statement, self.slots = statement.__name__, statement, DATABASE_CONNECTIONS
         self.observe: Callable[[str, int, float, Exception | None], None] = lambda *_: None
         self.lock = threading.Lock()
         self.waiting: list[Batch] = []  # for a connection; rows join the last one
         self.idle: SimpleQueue[Connection | None] = SimpleQueue()
-        for _ in range(self.size):
+        for _ in range(self.slots):
             self.idle.put(None)
 
     def __call__(self, row: Any) -> Any:
@@ -462,27 +469,26 @@ class Batcher:
         finally:  # also if the WSGI server ends this request
             batch.done.set()
 
-    def run(
-        self, connection: Connection | None, rows: list[Any], deadline: float
-    ) -> tuple[Connection | None, list[Any]]:
-        """Return each row's result or its error; send a statement once, and after one of ROW_ERRORS row by row."""
+    def run(self, connection: Connection | None, rows: list[Any], deadline: float) -> tuple[Any, list[Any]]:
+        """Return the connection, and each row's result or error; after one of ROW_ERRORS, run row by row."""
         start, error = monotonic(), None
         try:
             connection = usable(connection, writes=self.statement is save)
             connection.deadline = deadline
             with connection.cursor() as cursor:
                 return connection, self.statement(cursor, rows)
-        except Exception as failure:  # noqa: BLE001 - whatever it is, each request of the batch gets an answer
+        except Exception as failure:  # of any kind: each request of the batch gets an answer
             error = failure
             if connection and isinstance(error, TimeoutError | errors.ReadOnlySqlTransaction):
                 connection.leave()
         finally:
             self.observe(self.name, len(rows), monotonic() - start, error)
-        if len(rows) == 1 or not isinstance(error, ROW_ERRORS):
-            return connection, [error] * len(rows)
-        return connection, [
-            self.run(connection, [row], deadline)[1][0] if monotonic() < deadline else error for row in rows
-        ]
+        results: list[Any] = [error] * len(rows)
+        if len(rows) > 1 and isinstance(error, ROW_ERRORS):
+            for index, row in enumerate(rows):
+                if connection and not connection.closed and monotonic() < deadline:
+                    connection, (results[index],) = self.run(connection, [row], deadline)
+        return connection, results
 
 
 find_date_of_birth = Batcher(find)
@@ -500,12 +506,8 @@ def init_db() -> None:
             connection.deadline = deadline
             return connection.cursor().execute(schema)
         except (psycopg2.Error, TimeoutError) as error:
-            # Not the whole text: its DETAIL may quote rows.
-            message = error.diag.message_primary if isinstance(error, psycopg2.Error) else None
-            where = " ".join(
-                f"{name}={os.environ.get(name, '')}" for name in ("PGHOST", "PGPORT", "PGDATABASE", "PGUSER")
-            )
-            reason = f"{' '.join((message or str(error)).split())} ({where})"
+            where = " ".join(f"{name}={os.environ.get(name, '')}" for name in ("PGHOST", "PGPORT", "PGDATABASE"))
+            reason = f"{str(error).splitlines()[0]} ({where})"  # the other lines may quote rows
         if monotonic() + 1 > deadline:
             sys.exit(f"init-db: {reason}")
         if reason != printed:
@@ -517,7 +519,5 @@ def init_db() -> None:
 if __name__ == "__main__":
     if sys.argv[1:] == ["init-db"]:
         init_db()
-    elif sys.argv[1:]:
-        sys.exit("usage: python hello.py [init-db]")
     else:
         make_server(HOST, PORT, application).serve_forever()

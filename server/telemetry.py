@@ -247,8 +247,8 @@ class Telemetry:
         while True:
             self.metrics.in_progress.set(self.running)
             for pool in self.pools:
-                self.metrics.pool_in_use.labels(pool.name).set(pool.in_use)
-                self.metrics.pool_waiting.labels(pool.name).set(pool.waiting_requests)
+                self.metrics.pool_in_use.labels(pool.name).set(pool.slots - pool.idle.qsize())
+                self.metrics.pool_waiting.labels(pool.name).set(sum(len(batch.rows) for batch in pool.waiting))
             before, spent = spent, process_time()
             self.metrics.cpu.inc(spent - before)
             before, dropped = dropped, WRITER.dropped

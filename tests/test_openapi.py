@@ -274,7 +274,7 @@ DATE_OF_BIRTH = jsonschema_rs.Draft202012Validator(SCHEMAS["DateOfBirth"], valid
 def is_accepted(parse: Callable[[Any], Any], argument: Any) -> bool:
     try:
         parse(argument)
-    except hello.Refused:
+    except hello.HTTPError:
         return False
     return True
 
