@@ -60,33 +60,8 @@ def post_worker_init(worker: Any) -> None:
 
     gevent.get_hub().print_exception = logs.log_uncaught  # type: ignore[method-assign, assignment]
     if settings.TELEMETRY == "on":
-        worker.wsgi = worker.telemetry = Telemetry(worker.wsgi, adapted(hello), worker.number)
+        worker.wsgi = worker.telemetry = Telemetry(worker.wsgi, hello, worker.number)
         worker.observe_refusal = worker.telemetry.observe_refusal
-
-
-def adapted(hello: Any) -> Any:
-    """Give version 1.0's hello the names that telemetry uses: until the new hello.py is there."""
-    from types import SimpleNamespace
-
-    if hasattr(hello, "USER_ROUTE"):
-        return hello
-
-    class Pool(SimpleNamespace):
-        in_use = property(lambda self: self.slots - self.pool.idle.qsize())
-        waiting_requests = property(lambda self: sum(len(batch.rows) for batch in self.pool.waiting))
-
-        def __setattr__(self, name: str, value: Any) -> None:
-            hello.observe = value
-
-    def pool(old: Any) -> Pool:
-        return Pool(name=old.statement.__name__, slots=old.idle.qsize(), pool=old)
-
-    return SimpleNamespace(
-        __version__=hello.__version__,
-        USER_ROUTE=hello.HELLO,
-        find_date_of_birth=pool(hello.find_date_of_birth),
-        save_date_of_birth=pool(hello.save_date_of_birth),
-    )
 
 
 def child_exit(server: Any, worker: Any) -> None:

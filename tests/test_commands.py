@@ -91,13 +91,8 @@ def test_init_db_again_keeps_the_rows(table: Database) -> None:
 
 @pytest.mark.parametrize(
     "row",
-    [
-        "('', '1990-05-17')",
-        "(E'Zoe\\u0308', '1990-05-17')",
-        "('Zoe', 'infinity')",
-        "('Zoe', '10000-01-01')",
-        "('Zoe', '0001-01-01 BC')",
-    ],
+    ["('', '1990-05-17')", "(E'Zoe\\u0308', '1990-05-17')", "('Zoe', 'infinity')"]
+    + ["('Zoe', '10000-01-01')", "('Zoe', '0001-01-01 BC')"],
 )
 def test_table_of_version_1_gets_constraints_that_keep_out_what_the_service_could_not_read(
     fresh_database: str, table: Database, row: str
