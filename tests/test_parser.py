@@ -1,7 +1,4 @@
-"""What worker.py makes of a client's bytes: environs of whole requests (PEP 3333), or a refusal.
-
-That a running service keeps to it, whatever a client sends, is in test_resilience.py.
-"""
+"""server/parser.py: from bytes to environs (PEP 3333) of complete requests, or to a protocol error."""
 
 import gc
 import sys
@@ -14,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server import worker
+from server import parser
+from server.parser import RequestParser
 
 COMMON = {
     "SCRIPT_NAME": "",
@@ -32,18 +30,18 @@ PUT = b"PUT /hello/Zoe HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc"
 CHUNKED = b"PUT /hello/Zoe HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n2;x=y\r\nbc\r\n0\r\nX: z\r\n\r\n"
 
 
-def read(*parts: bytes) -> worker.Reader:
-    reader = worker.Reader(COMMON)
+def read(*parts: bytes) -> RequestParser:
+    requests = RequestParser(COMMON)
     for part in parts:
-        reader.feed(part)
-    return reader
+        requests.feed(part)
+    return requests
 
 
 def first(request: bytes) -> WSGIEnvironment:
     """Return the environ of the one request that there is."""
-    reader = read(request)
-    assert reader.refusal is None
-    ((environ, _),) = reader.whole
+    requests = read(request)
+    assert requests.error is None
+    ((environ, _),) = requests.complete
     return environ
 
 
@@ -61,8 +59,8 @@ def test_environ_is_what_pep_3333_wants(request_bytes: bytes) -> None:
         ("//hello/Zoe", "//hello/Zoe", ""),
         ("/hello/100%", "/hello/100%", ""),
         ("http://b:80/hello/Zoe?a=b", "/hello/Zoe", "a=b"),
-        ("http://b", "", ""),
-        ("*", "*", ""),
+        ("http://b", "/", ""),
+        ("http://b?a", "/", "a"),
     ],
 )
 def test_target_is_split_into_path_and_query(target: str, path: str, query: str) -> None:
@@ -117,9 +115,9 @@ def test_content_is_read_whole_and_no_further(request_bytes: bytes) -> None:
     ],
 )
 def test_request_says_whether_another_may_follow(version: str, headers: str, is_last: bool) -> None:
-    reader = read(f"GET / HTTP/{version}\r\nHost: a\r\n{headers}\r\n".encode())
-    assert [last for _, last in reader.whole] == [is_last]
-    assert reader.refusal is None
+    requests = read(f"GET / HTTP/{version}\r\nHost: a\r\n{headers}\r\n".encode())
+    assert [last for _, last in requests.complete] == [is_last]
+    assert requests.error is None
 
 
 @pytest.mark.parametrize("request_bytes", [GET, PUT, CHUNKED], ids=["GET", "length", "chunked"])
@@ -128,27 +126,21 @@ def test_upgrade_is_ignored_and_the_request_read_whole(request_bytes: bytes) -> 
     head, _, content = request_bytes.partition(b"\r\n\r\n")
     upgrading = head + b"\r\n" + upgrade + b"\r\n" + content
     for parts in ([upgrading * 2 + GET], [upgrading[:-2], upgrading[-2:] + upgrading, GET]):
-        reader = read(*parts)
-        assert reader.refusal is None
+        requests = read(*parts)
+        assert requests.error is None
         expected = first(request_bytes)["wsgi.input"].read()
-        contents = [environ["wsgi.input"].read() for environ, is_last in reader.whole if not is_last]
+        contents = [environ["wsgi.input"].read() for environ, is_last in requests.complete if not is_last]
         assert contents == [expected, expected, b""]
-        assert all("HTTP_UPGRADE" not in environ for environ, _ in reader.whole)
+        assert all("HTTP_UPGRADE" not in environ for environ, _ in requests.complete)
 
 
-def test_tunnel_is_the_last_request() -> None:
-    reader = read(b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n" + GET)
-    ((environ, is_last),) = reader.whole
-    assert (environ["REQUEST_METHOD"], is_last) == ("CONNECT", True)
-
-
-def test_reader_that_is_done_with_leaves_nothing_for_the_garbage_collector() -> None:
-    reader = read(PUT[:-1])
-    trace = weakref.ref(reader)
+def test_requests_that_is_done_with_leaves_nothing_for_the_garbage_collector() -> None:
+    requests = read(PUT[:-1])
+    trace = weakref.ref(requests)
     gc.disable()
     try:
-        reader.parser = None
-        del reader
+        requests.parser = None
+        del requests
         assert trace() is None
     finally:
         gc.enable()
@@ -161,51 +153,50 @@ STREAM = b"".join([GET, PUT, CHUNKED, b"\r\n", PUT, GET])
 @settings(max_examples=300, deadline=None)
 def test_requests_are_the_same_however_the_network_cuts_them(cuts: list[int]) -> None:
     parts = [STREAM[start:end] for start, end in zip([0, *cuts], [*cuts, len(STREAM)], strict=True)]
-    reader = read(*filter(None, parts))
-    found = [(environ["REQUEST_METHOD"], environ["wsgi.input"].read()) for environ, _ in reader.whole]
+    requests = read(*filter(None, parts))
+    found = [(environ["REQUEST_METHOD"], environ["wsgi.input"].read()) for environ, _ in requests.complete]
     assert found == [("GET", b""), ("PUT", b"abc"), ("PUT", b"abc"), ("PUT", b"abc"), ("GET", b"")]
-    assert not reader.has_begun
-    assert reader.refusal is None
+    assert not requests.in_progress
+    assert requests.error is None
 
 
 @pytest.mark.parametrize("rest", [b"\r\n", b"G", GET[:-1], PUT[:-1], CHUNKED[:-1]])
-def test_request_that_is_not_complete_has_begun_and_has_a_bound(rest: bytes) -> None:
-    reader = read(GET, rest)
-    assert reader.has_begun
-    assert 0 < reader.seconds_left() <= 10
-    assert len(reader.whole) == 1
+def test_request_that_is_not_complete_is_in_progress(rest: bytes) -> None:
+    requests = read(GET, rest)
+    assert requests.in_progress
+    assert len(requests.complete) == 1
 
 
-def test_content_has_a_bound_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "CONTENT_TIMEOUT", 99)
-    head, content = PUT[:-3], PUT[-3:-1]
-    assert read(head[:-1]).seconds_left() <= 10
-    assert 98 < read(head[:-1], head[-1:]).seconds_left() <= 99
-    assert 98 < read(head + content).seconds_left() <= 99
+def test_waiting_begins_anew_where_the_head_ends() -> None:
+    requests = read(PUT[:-4])
+    requests.waiting_since = 1.0
+    requests.feed(PUT[-4:-2])
+    assert requests.waiting_since is None
+    requests.waiting_since = 2.0
+    requests.feed(PUT[-2:])
+    assert requests.waiting_since is None
 
 
 @pytest.mark.parametrize(
-    ("parts", "refusal"),
+    ("parts", "status"),
     [
-        ([b"GET /" + b"a" * 8190], worker.LONG_TARGET),
-        ([b"GET /", *[b"a" * 100] * 82], worker.LONG_TARGET),
-        ([GET[:-2], b"X-A: " + b"a" * 4094 + b"\r\n\r\n"], worker.LONG_HEAD),
-        ([GET[:-2], *[b"X-A: b\r\n"] * 64, b"\r\n"], worker.LONG_HEAD),
-        ([GET[:-2] + b"X-A: ", *[b"a" * 8192] * 5], worker.LONG_HEAD),
-        ([b"\r\n" * 4096] * 5, worker.LONG_HEAD),
-        ([GET[:-2], b"Expect: nothing\r\n\r\n"], worker.UNEXPECTED),
-        ([CHUNKED[:-9], b"zz\r\n"], worker.BAD_CONTENT),
-        ([CHUNKED[:-4], *[b"a" * 8192] * 20], worker.BAD_CONTENT),
-        ([CHUNKED[:-9] + b"1;x=", *[b"a" * 8192] * 20], worker.BAD_CONTENT),
-        ([GET[:-2], b"Host: a\r\n\r\n"], worker.MALFORMED),
+        ([b"GET /" + b"a" * 8190], 414),
+        ([b"GET /", *[b"a" * 100] * 82], 414),
+        ([b"GET /" + b"a" * 8190 + GET[14:]], 414),
+        ([b"\r\n" * 4096] * 5, 414),
+        ([GET[:-2], b"X-A: " + b"a" * 4094 + b"\r\n\r\n"], 431),
+        ([GET[:-2], *[b"X-A: b\r\n"] * 64, b"\r\n"], 431),
+        ([GET[:-2] + b"X-A: ", *[b"a" * 8192] * 5], 431),
+        ([CHUNKED[:-9], b"zz\r\n"], 400),
+        ([CHUNKED[:-4], *[b"a" * 8192] * 20], 400),
+        ([CHUNKED[:-9] + b"1;x=", *[b"a" * 8192] * 20], 400),
     ],
 )
-def test_request_beyond_a_bound_is_refused_and_those_before_it_are_not(
-    parts: list[bytes], refusal: worker.Refusal
-) -> None:
-    reader = read(GET, *parts)
-    assert reader.refusal is refusal
-    assert len(reader.whole) == 1
+def test_request_beyond_a_limit_is_an_error_and_those_before_it_are_not(parts: list[bytes], status: int) -> None:
+    requests = read(GET, *parts)
+    assert requests.error
+    assert requests.error.status == status
+    assert len(requests.complete) == 1
 
 
 @pytest.mark.parametrize(
@@ -213,19 +204,17 @@ def test_request_beyond_a_bound_is_refused_and_those_before_it_are_not(
     [
         [b"GET /" + b"a" * 8189 + GET[14:]],
         [GET[:-2], b"X-A: " + b"a" * 4093 + b"\r\n", *[b"X-A: b\r\n"] * 62, b"\r\n"],
-        [GET[:-2], b"Expect: 100-Continue\r\n\r\n"],
-        [b"GET / HTTP/1.0\r\nExpect: nothing\r\n\r\n"],
     ],
 )
-def test_request_at_a_bound_is_read(parts: list[bytes]) -> None:
-    reader = read(*parts)
-    assert reader.refusal is None
-    assert len(reader.whole) == 1
+def test_request_at_a_limit_is_read(parts: list[bytes]) -> None:
+    requests = read(*parts)
+    assert requests.error is None
+    assert len(requests.complete) == 1
 
 
 def test_content_beyond_64_kib_ends_the_reading() -> None:
-    reader = read(PUT.replace(b"3", b"99999", 1), b"a" * 65536)
-    ((environ, is_last),) = reader.whole
+    requests = read(PUT.replace(b"3", b"99999", 1), b"a" * 65536)
+    ((environ, is_last),) = requests.complete
     assert is_last
     assert len(environ["wsgi.input"].read()) == 65539
 
@@ -234,7 +223,7 @@ def test_defect_in_a_callback_is_no_fault_of_the_client(monkeypatch: pytest.Monk
     def fail(*_: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(worker.Reader, "split_target", fail)
-    with pytest.raises(worker.HttpParserCallbackError) as raised:
+    monkeypatch.setattr(parser, "split_target", fail)
+    with pytest.raises(parser.HttpParserCallbackError) as raised:
         read(GET)
     assert isinstance(raised.value.__context__, ZeroDivisionError)

@@ -1,0 +1,307 @@
+"""Turn the bytes of one connection into WSGI environs (PEP 3333), with httptools, which is llhttp, Node.js' parser.
+
+What llhttp lets through is checked here where RFC 9110 and 9112 demand an error: the protocol and its version, the
+number and form of Host, the authority of an absolute target, unknown transfer codings. These deviations remain:
+- A target may hold characters that a URI may not, such as `"`, `<` or `#`. They reach the application as they are.
+- Versions 1.2 to 1.9 are answered with 505; they should be read as 1.1.
+- White space between the size of a chunk and its extension is an error.
+- A Transfer-Encoding that ends with an empty list element (`chunked,`) is an error.
+- Field values may hold bytes from 0x80 to 0xff, which become latin-1 text.
+"""
+
+import io
+import re
+from collections import deque
+from functools import lru_cache
+from http import HTTPMethod, HTTPStatus
+from urllib.parse import unquote_to_bytes
+from wsgiref.types import WSGIEnvironment
+
+from httptools import HttpParserCallbackError, HttpParserError, HttpRequestParser
+
+MAX_TARGET_BYTES = 8190  # a username of 2,500 bytes, percent-encoded, has 7,500
+MAX_HEADERS, MAX_HEADER_BYTES = 64, 4096
+MAX_HEAD_BYTES = 32768
+MAX_CONTENT_BYTES = 65536  # more than the application takes, so that its connection can go on after a 413
+MAX_EXPECTED_BYTES = 4096  # what the application takes: a client that asks first need not send more
+MAX_REQUEST_BYTES = 163840  # with the framing of chunks, and trailers
+
+METHODS = {method.encode() for method in HTTPMethod} - {b"CONNECT"}
+METHOD = re.compile(rb"[\r\n]*([!#-'*+.0-9A-Z^-z|~-]+)(?: |\Z)")
+REQUEST_LINE = re.compile(rb"[\r\n]*([!#-'*+.0-9A-Z^-z|~-]+) +([^ \r\n]+) +HTTP/([0-9]\.[0-9])\r\n")
+HOST_AND_PORT = r"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)(?::[0-9]*)?"
+ABSOLUTE_TARGET = re.compile(rf"https?://(?=[^:/?])({HOST_AND_PORT})((?:[/?].*)?)", re.IGNORECASE)
+UPGRADE_OR_TRAILING_SPACE = re.compile(rb"\r\nUpgrade:[^\r]*|[ \t]+(?=\r\n)", re.IGNORECASE)
+
+
+class ProtocolError(Exception):
+    """Bytes that are not a request, with the status and the message of the response to them."""
+
+    def __init__(self, status: HTTPStatus, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
+class StopReading(Exception):
+    """Raised in a callback after the last request of a connection."""
+
+
+class ReadAgain(Exception):
+    """Raised in a callback for a head that llhttp does not read as HTTP demands."""
+
+
+def bad_request(message: str) -> ProtocolError:
+    """Return an error with status 400."""
+    return ProtocolError(HTTPStatus.BAD_REQUEST, message)
+
+
+def bad_content() -> ProtocolError:
+    """Return the error of content that ends too early, or whose chunks are not well-formed."""
+    return bad_request("The content must be complete and well-formed.")
+
+
+def unknown_method() -> ProtocolError:
+    """Return the error of a method that HTTP does not define, or that no origin server needs."""
+    return ProtocolError(HTTPStatus.NOT_IMPLEMENTED, "The method must be one that HTTP defines, and not CONNECT.")
+
+
+def long_target() -> ProtocolError:
+    """Return the error of a target that is too long."""
+    return ProtocolError(HTTPStatus.REQUEST_URI_TOO_LONG, f"The target must be at most {MAX_TARGET_BYTES} bytes long.")
+
+
+def long_head() -> ProtocolError:
+    """Return the error of too many headers, or too long ones."""
+    return ProtocolError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "Send fewer and shorter headers.")
+
+
+@lru_cache(maxsize=256)
+def environ_key(name: bytes) -> str:
+    """Return the environ's key of a header; none if its name has an underscore, which could stand for a hyphen."""
+    key = name.decode("latin-1").upper().replace("-", "_")
+    return "" if b"_" in name else key if key in {"CONTENT_TYPE", "CONTENT_LENGTH"} else f"HTTP_{key}"
+
+
+@lru_cache(maxsize=256)
+def is_host(text: str) -> bool:
+    """Return whether a Host header is well-formed (RFC 9110, section 7.2)."""
+    return re.fullmatch(HOST_AND_PORT, text) is not None
+
+
+def list_elements(text: str) -> list[str]:
+    """Return the elements of a header that is a list, in lower case; empty ones do not count."""
+    return [element for part in text.split(",") if (element := part.strip(" \t").lower())]
+
+
+def split_target(target: str, environ: WSGIEnvironment) -> tuple[str, str]:
+    """Return the path, its percent-encoded bytes as latin-1 (PEP 3333), and the query (RFC 9112, section 3.2)."""
+    if not target.startswith("/") and not (target == "*" and environ["REQUEST_METHOD"] == "OPTIONS"):
+        absolute = ABSOLUTE_TARGET.fullmatch(target)
+        if absolute is None:
+            raise bad_request("The target must be a path, or a URL with a host.")
+        environ["HTTP_HOST"], target = absolute.groups()
+        target = target if target.startswith("/") else f"/{target}"
+    path, _, query = target.partition("?")
+    return unquote_to_bytes(path).decode("latin-1") if "%" in path else path, query
+
+
+def check_codings(text: str) -> None:
+    """Raise ProtocolError unless a Transfer-Encoding is `chunked` (RFC 9112, sections 6.1 and 6.3)."""
+    codings = list_elements(text)
+    if codings[-1:] != ["chunked"] or codings.count("chunked") > 1:
+        raise bad_request("Transfer-Encoding must be chunked.")
+    if len(codings) > 1:
+        raise ProtocolError(HTTPStatus.NOT_IMPLEMENTED, "Transfer-Encoding must be chunked.")
+
+
+class RequestParser:
+    """Parse what the client of one connection sends; the `on_...` methods are httptools' callbacks.
+
+    Args:
+        common: what the environs of the connection have in common.
+    """
+
+    def __init__(self, common: WSGIEnvironment) -> None:
+        self.common = common
+        self.parser = HttpRequestParser(self)
+        self.complete: deque[tuple[WSGIEnvironment, bool]] = deque()  # requests, and whether each is the last
+        self.error: ProtocolError | None = None  # of what follows the complete requests
+        self.is_closed = False  # nothing is read after an error or the last request
+        self.expect_request()
+
+    def expect_request(self) -> None:
+        """Get ready for the next request."""
+        self.in_progress = False
+        self.waiting_since: float | None = None  # the worker's: when it began to wait for the rest of head or content
+        self.received = 0  # bytes
+        self.tail = b""  # the last three of them
+        self.head = b""
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.environ: WSGIEnvironment | None = None  # from the end of the head on
+        self.content = bytearray()
+        self.content_left = 0  # bytes, where Content-Length says so
+        self.awaits_continue = False
+
+    def feed(self, data: bytes) -> None:
+        """Read bytes; put the requests that they complete into `complete`, and the error of the next into `error`."""
+        while data and not self.is_closed:
+            end = self.part_end(data)
+            self.feed_part(data[:end])
+            data = data[end:]
+
+    def part_end(self, data: bytes) -> int:
+        """Return where the request may end, so that no part has bytes of two requests."""
+        if self.content_left:
+            return self.content_left
+        found = (self.tail + data).find(b"\r\n\r\n")
+        return len(data) if found < 0 else found + 4 - len(self.tail)
+
+    def feed_part(self, part: bytes) -> None:
+        """Read bytes of one request."""
+        self.in_progress = True
+        self.received += len(part)
+        self.tail = (self.tail + part)[-3:]
+        if self.environ is None:
+            self.head += part
+        try:
+            self.parser.feed_data(part)
+        except HttpParserCallbackError as error:
+            self.handle_callback_error(error)
+        except HttpParserError:
+            self.fail(self.diagnose())
+        if self.received > MAX_REQUEST_BYTES:
+            self.fail(bad_content())
+        elif self.environ is None and len(self.head) > MAX_TARGET_BYTES:
+            self.check_head_size()
+
+    def handle_callback_error(self, error: HttpParserCallbackError) -> None:
+        """Act on what a callback raised."""
+        cause = error.__context__
+        if isinstance(cause, ProtocolError):
+            self.fail(cause.with_traceback(None))  # the traceback would keep the request in memory
+        elif isinstance(cause, ReadAgain):
+            head = UPGRADE_OR_TRAILING_SPACE.sub(b"", self.head)
+            self.parser = HttpRequestParser(self)
+            self.expect_request()
+            self.feed_part(head)
+        elif not isinstance(cause, StopReading):
+            raise error
+
+    def fail(self, error: ProtocolError) -> None:
+        self.error = error
+        self.is_closed = True
+
+    def diagnose(self) -> ProtocolError:
+        """Return the error of a request that llhttp does not read."""
+        if self.environ is not None:
+            return bad_content()
+        try:
+            self.check_request_line()
+        except ProtocolError as error:
+            return error.with_traceback(None)
+        return bad_request("The request must be well-formed HTTP/1.1.")
+
+    def check_head_size(self) -> None:
+        if not REQUEST_LINE.match(self.head):
+            self.fail(long_target())
+        elif len(self.head) > MAX_HEAD_BYTES:
+            self.fail(long_head())
+
+    @property
+    def method(self) -> str:
+        """The method of the request in progress; empty before it is known."""
+        found = METHOD.match(self.head)
+        return found[1].decode() if found else ""
+
+    def check_request_line(self) -> tuple[str, str, str]:
+        """Return method, target and version."""
+        line = REQUEST_LINE.match(self.head)
+        if line is None:
+            start = METHOD.match(self.head)
+            if start and start[1] not in METHODS:
+                raise unknown_method()
+            raise bad_request("The request line must be a method, a target and HTTP/1.1.")
+        method, target, version = line.groups()
+        if len(target) > MAX_TARGET_BYTES:
+            raise long_target()
+        if version not in {b"1.1", b"1.0"}:
+            raise ProtocolError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "The version must be HTTP/1.1.")
+        if method not in METHODS:
+            raise unknown_method()
+        return method.decode(), target.decode("latin-1"), version.decode()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name, value))
+        if len(self.headers) > MAX_HEADERS or len(name) + len(value) > MAX_HEADER_BYTES:
+            raise long_head()
+
+    def on_headers_complete(self) -> None:
+        method, target, version = self.check_request_line()
+        environ = self.common.copy()
+        environ["REQUEST_METHOD"] = method
+        environ["SERVER_PROTOCOL"] = f"HTTP/{version}"
+        self.add_headers(environ, version)
+        environ["PATH_INFO"], environ["QUERY_STRING"] = split_target(target, environ)
+        if "HTTP_TRANSFER_ENCODING" in environ or "HTTP_UPGRADE" in environ:
+            self.check_coding(environ, version)
+        elif length := environ.get("CONTENT_LENGTH"):
+            self.content_left = int(length)
+        self.environ, self.waiting_since = environ, None
+        if version == "1.1" and "HTTP_EXPECT" in environ:
+            self.check_expectation(environ["HTTP_EXPECT"])
+
+    def add_headers(self, environ: WSGIEnvironment, version: str) -> None:
+        """Put the headers into an environ, equal ones joined by commas, and check Host (RFC 9112, section 3.2)."""
+        hosts = 0
+        for name, value in self.headers:
+            key, text = environ_key(name), value.strip(b" \t").decode("latin-1")
+            hosts += key == "HTTP_HOST"
+            if key:
+                environ[key] = f"{environ[key]},{text}" if key in environ else text
+        if hosts > 1 or (hosts == 0 and version == "1.1"):
+            raise bad_request("There must be one Host.")
+        if hosts and not is_host(environ["HTTP_HOST"]):
+            raise bad_request("Host must be a host name or an address, with at most a port after it.")
+
+    def check_coding(self, environ: WSGIEnvironment, version: str) -> None:
+        """Check Transfer-Encoding; ignore Upgrade, as a server may (RFC 9110, section 7.8) and httptools cannot."""
+        if "HTTP_TRANSFER_ENCODING" in environ:
+            if version == "1.0":  # it has no codings: who forwards one may not know where the content ends
+                raise bad_request("Transfer-Encoding needs HTTP/1.1.")
+            check_codings(environ["HTTP_TRANSFER_ENCODING"])
+        if UPGRADE_OR_TRAILING_SPACE.search(self.head):
+            raise ReadAgain
+
+    def check_expectation(self, text: str) -> None:
+        """Check Expect (RFC 9110, section 10.1.1); end the request where 100 Continue would only lead to a 413."""
+        expectations = list_elements(text)
+        if any(expectation != "100-continue" for expectation in expectations):
+            raise ProtocolError(HTTPStatus.EXPECTATION_FAILED, "Expect must be 100-continue.")
+        self.awaits_continue = bool(expectations)
+        if self.awaits_continue and self.content_left > MAX_EXPECTED_BYTES:
+            self.finish(is_last=True)
+            raise StopReading
+
+    def on_body(self, part: bytes) -> None:
+        self.content += part
+        if self.content_left:
+            self.content_left -= len(part)
+        if len(self.content) > MAX_CONTENT_BYTES:
+            self.finish(is_last=True)
+            raise StopReading
+
+    def on_message_complete(self) -> None:
+        self.finish(is_last=not self.parser.should_keep_alive())
+
+    def finish(self, *, is_last: bool) -> None:
+        """Put the request to the complete ones."""
+        assert self.environ is not None
+        self.environ["wsgi.input"] = io.BytesIO(self.content)
+        self.complete.append((self.environ, is_last))
+        self.is_closed = is_last
+        self.expect_request()
+
+    def close(self) -> None:
+        """Break the reference cycle with httptools' parser, which would keep the last request in memory for a while."""
+        del self.parser
