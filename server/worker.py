@@ -112,7 +112,12 @@ class Connection:
             limit = settings.CONTENT_TIMEOUT if parser.environ else settings.HEAD_TIMEOUT
             self.phase, parser.waiting_since = Phase.REQUEST, parser.waiting_since or now
         self.deadline = (parser.waiting_since or now) + limit
-        data: bytes = self.socket.recv(RECEIVE_BYTES)
+        data = b""
+        try:
+            data = self.socket.recv(RECEIVE_BYTES)
+        except OSError:
+            if not self.is_late:
+                raise
         self.phase = Phase.APPLICATION
         if not data and self.is_late and parser.head.strip(b"\r\n"):  # a blank line is not a request yet
             parser.error = ProtocolError(HTTPStatus.REQUEST_TIMEOUT, "The request must arrive sooner.")

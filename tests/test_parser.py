@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import hello
 from server import parser
 from server.parser import RequestParser
 
@@ -97,7 +98,7 @@ def test_header_is_in_the_environ_under_its_own_key_and_sets_nothing_else(
 
 
 @pytest.mark.parametrize("request_bytes", [PUT, CHUNKED], ids=["length", "chunked"])
-def test_content_is_read_whole_and_no_further(request_bytes: bytes) -> None:
+def test_content_is_read_completely_and_no_further(request_bytes: bytes) -> None:
     environ = first(request_bytes)
     assert environ["wsgi.input"].read() == b"abc"
 
@@ -121,7 +122,7 @@ def test_request_says_whether_another_may_follow(version: str, headers: str, is_
 
 
 @pytest.mark.parametrize("request_bytes", [GET, PUT, CHUNKED], ids=["GET", "length", "chunked"])
-def test_upgrade_is_ignored_and_the_request_read_whole(request_bytes: bytes) -> None:
+def test_upgrade_is_ignored_and_the_request_read_completely(request_bytes: bytes) -> None:
     upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: a\r\n"
     head, _, content = request_bytes.partition(b"\r\n\r\n")
     upgrading = head + b"\r\n" + upgrade + b"\r\n" + content
@@ -134,12 +135,12 @@ def test_upgrade_is_ignored_and_the_request_read_whole(request_bytes: bytes) -> 
         assert all("HTTP_UPGRADE" not in environ for environ, _ in requests.complete)
 
 
-def test_requests_that_is_done_with_leaves_nothing_for_the_garbage_collector() -> None:
+def test_parser_that_is_closed_leaves_nothing_for_the_garbage_collector() -> None:
     requests = read(PUT[:-1])
     trace = weakref.ref(requests)
     gc.disable()
     try:
-        requests.parser = None
+        requests.close()
         del requests
         assert trace() is None
     finally:
@@ -212,6 +213,10 @@ def test_request_at_a_limit_is_read(parts: list[bytes]) -> None:
     assert len(requests.complete) == 1
 
 
+def test_parser_knows_how_much_content_the_application_takes() -> None:
+    assert parser.MAX_EXPECTED_BYTES == hello.MAX_CONTENT_BYTES
+
+
 def test_content_beyond_64_kib_ends_the_reading() -> None:
     requests = read(PUT.replace(b"3", b"99999", 1), b"a" * 65536)
     ((environ, is_last),) = requests.complete
@@ -219,7 +224,7 @@ def test_content_beyond_64_kib_ends_the_reading() -> None:
     assert len(environ["wsgi.input"].read()) == 65539
 
 
-def test_defect_in_a_callback_is_no_fault_of_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_defect_in_a_callback_is_not_a_protocol_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise ZeroDivisionError
 

@@ -1,0 +1,353 @@
+"""The service takes HTTP to the letter (RFC 9110, RFC 9112): raw bytes in, raw bytes out."""
+
+import itertools
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given, seed, settings
+from hypothesis import strategies as st
+
+from server import parser
+from tests.support.network import exchange, responses
+from tests.support.postgres import Database
+from tests.support.service import Service, body
+from tests.support.wait import wait_until
+
+HOST = b"Host: a\r\n"
+PUT = b"PUT /hello/Sesame HTTP/1.1\r\nHost: a\r\n"
+GET = b"GET /hello/Sesame HTTP/1.1\r\nHost: a\r\n"
+CHUNKED = PUT + b"Transfer-Encoding: chunked\r\n\r\n"
+DATE = body("1990-05-17")
+CHUNKS = b"1d\r\n" + DATE + b"\r\n0\r\n\r\n"
+SECOND = b"GET /hello/Second HTTP/1.1\r\nHost: a\r\n\r\n"  # behind a request, to show where the parser thinks it ends
+
+# What is not a request, and the status of the response to it
+ERRORS = {
+    # Where the content ends (RFC 9112, section 6)
+    "both lengths": (PUT + b"Content-Length: 29\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    "both lengths, the other order": (PUT + b"Transfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n0\r\n\r\n", 400),
+    "two lengths": (PUT + b"Content-Length: 29\r\nContent-Length: 0\r\n\r\n", 400),
+    "two equal lengths": (PUT + b"Content-Length: 29\r\nContent-Length: 29\r\n\r\n" + DATE, 400),
+    "length with a sign": (PUT + b"Content-Length: +29\r\n\r\n" + DATE, 400),
+    "negative length": (PUT + b"Content-Length: -1\r\n\r\n", 400),
+    "length in hexadecimal": (PUT + b"Content-Length: 0x1d\r\n\r\n" + DATE, 400),
+    "list of lengths": (PUT + b"Content-Length: 29, 29\r\n\r\n" + DATE, 400),
+    "empty length": (PUT + b"Content-Length: \r\n\r\n", 400),
+    "length of another script": (PUT + "Content-Length: ²\r\n\r\n12".encode("latin-1"), 400),
+    "coding without chunked": (PUT + b"Transfer-Encoding: gzip\r\n\r\n", 400),
+    "coding that looks like chunked": (PUT + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n", 400),
+    "coding and vertical tab": (PUT + b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n", 400),
+    "chunked twice": (PUT + b"Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n", 400),
+    "chunked in two headers": (
+        PUT + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        400,
+    ),
+    "chunked not last": (PUT + b"Transfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n", 400),
+    "unknown coding before chunked": (PUT + b"Transfer-Encoding: x, chunked\r\n\r\n" + CHUNKS, 501),
+    "gzip before chunked": (PUT + b"Transfer-Encoding: gzip, chunked\r\n\r\n" + CHUNKS, 501),
+    "gzip and chunked in two headers": (
+        PUT + b"Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n" + CHUNKS,
+        501,
+    ),
+    "chunked in HTTP/1.0": (
+        b"PUT /hello/Sesame HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + CHUNKS,
+        400,
+    ),
+    "space before colon": (PUT + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n", 400),
+    "folded coding": (PUT + b"Transfer-Encoding:\r\n chunked\r\n\r\n0\r\n\r\n", 400),
+    "chunk size not a number": (CHUNKED + b"sesame\r\n" + DATE + b"\r\n0\r\n\r\n", 400),
+    "chunk size with prefix": (CHUNKED + b"0x1d\r\n" + DATE + b"\r\n0\r\n\r\n", 400),
+    "negative chunk size": (CHUNKED + b"-1\r\n\r\n0\r\n\r\n", 400),
+    "empty chunk size": (CHUNKED + b"\r\n" + DATE + b"\r\n0\r\n\r\n", 400),
+    "endless chunk size": (CHUNKED + b"0" * 10000, 400),
+    "chunk too long": (CHUNKED + b"1c\r\n" + DATE + b"\r\n0\r\n\r\n", 400),
+    "chunk size ends with LF": (CHUNKED + b"1d\n" + DATE + b"\n0\n\n", 400),
+    "chunk extension with CR": (CHUNKED + b"1d;a\rb\r\n" + DATE + b"\r\n0\r\n\r\n", 400),
+    "length as trailer": (CHUNKED + b"1d\r\n" + DATE + b"\r\n0\r\nContent-Length: 5\r\n\r\n", 400),
+    # Host (RFC 9110, section 7.2; RFC 9112, section 3.2)
+    "two hosts": (GET + b"Host: b\r\n\r\n", 400),
+    "no host": (b"GET /hello/Sesame HTTP/1.1\r\n\r\n", 400),
+    "two hosts in HTTP/1.0": (b"GET /hello/Sesame HTTP/1.0\r\nHost: a\r\nHost: a\r\n\r\n", 400),
+    **{
+        f"host {host}": (b"GET /hello/Sesame HTTP/1.1\r\nHost: %b\r\n\r\n" % host.encode(), 400)
+        for host in ("a b", "a/b", "u@a", "a:x", "[::1", "a:80:80", "a?b", "a#b", "a%2", "a\\b", '"a"', "<a>", "::1")
+    },
+    # The request line (RFC 9112, section 3)
+    "no version": (b"GET /hello/Sesame\r\n\r\n", 400),
+    "version in small letters": (b"GET /hello/Sesame http/1.1\r\n" + HOST + b"\r\n", 400),
+    "version 2": (b"GET /hello/Sesame HTTP/2.0\r\n" + HOST + b"\r\n", 505),
+    "version 9.9": (b"GET /hello/Sesame HTTP/9.9\r\n" + HOST + b"\r\n", 505),
+    "version 0.9": (b"GET /hello/Sesame HTTP/0.9\r\n" + HOST + b"\r\n", 505),
+    "version 1.10": (b"GET /hello/Sesame HTTP/1.10\r\n" + HOST + b"\r\n", 400),
+    "preface of HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+    "RTSP": (b"GET /hello/Sesame RTSP/1.0\r\n" + HOST + b"\r\n", 400),
+    "RTSP with a method of its own": (b"DESCRIBE /hello/Sesame RTSP/1.0\r\n" + HOST + b"\r\n", 501),
+    "ICE": (b"SOURCE /hello/Sesame ICE/1.0\r\n" + HOST + b"\r\n", 501),
+    "unknown method": (b"SESAME /hello/Sesame HTTP/1.1\r\n" + HOST + b"\r\n", 501),
+    "method of RTSP": (b"DESCRIBE /hello/Sesame HTTP/1.1\r\n" + HOST + b"\r\n", 501),
+    "method of WebDAV": (b"MKCOL /hello/Sesame HTTP/1.1\r\n" + HOST + b"\r\n", 501),
+    "method in small letters": (b"get /hello/Sesame HTTP/1.1\r\n" + HOST + b"\r\n", 501),
+    "tunnel": (b"CONNECT sesame:80 HTTP/1.1\r\n" + HOST + b"\r\n", 501),
+    "no method": (b" /hello/Sesame HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+    "method with brackets": (b"G(E)T /hello/Sesame HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+    "tabs": (b"GET\t/hello/Sesame\tHTTP/1.1\r\n" + HOST + b"\r\n", 400),
+    "space in the target": (b"GET /hello/Ses ame HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+    "bytes in the target": (b"GET /hello/S\xc3\xa9same HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+    "nul in the target": (b"GET /hello/Ses\x00ame HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+    "asterisk and not OPTIONS": (b"GET * HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+    "target without a slash": (b"GET sesame HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+    **{
+        f"target {target}": (b"GET %b HTTP/1.1\r\n" % target.encode() + HOST + b"\r\n", 400)
+        for target in (
+            "http:///livez",
+            "http://a:b/",
+            "http://:80/",
+            "http://u@a/livez",
+            "http://[sesame/",
+            "ftp://a/livez",
+        )
+    },
+    "long target": (b"GET /hello/" + b"Sesame" * 2000 + b" HTTP/1.1\r\n" + HOST + b"\r\n", 414),
+    "endless target": (b"GET /hello/" + b"Sesame" * 20000, 414),
+    "blank lines without end": (b"\r\n" * 50_000, 414),
+    # Headers (RFC 9112, section 5)
+    "folded header": (GET + b"X-A: b\r\n c\r\n\r\n", 400),
+    "nul in a header": (GET + b"X-A: b\x00c\r\n\r\n", 400),
+    "CR in a header": (GET + b"X-A: b\rX-C: d\r\n\r\n", 400),
+    "header without colon": (GET + b"sesame\r\n\r\n", 400),
+    "header without name": (GET + b": sesame\r\n\r\n", 400),
+    "space in a header's name": (GET + b"X A: b\r\n\r\n", 400),
+    "control in a header's name": (GET + b"X\x01A: b\r\n\r\n", 400),
+    "line ends of LF": (GET.replace(b"\r", b"") + b"\n", 400),
+    "one line end of LF": (GET + b"X-A: b\nTransfer-Encoding: chunked\r\n\r\n", 400),
+    "request line ends with LF": (b"GET /hello/Sesame HTTP/1.1\n" + HOST + b"\r\n", 400),
+    "line ends of CR": (GET.replace(b"\n", b"") + b"\r", 400),
+    "long header": (GET + b"X-A: " + b"sesame" * 1000 + b"\r\n\r\n", 431),
+    "many headers": (GET + b"X-A: sesame\r\n" * 100 + b"\r\n", 431),
+    "endless head": (GET + b"X-A: sesame\r\n" * 100_000, 431),
+    # Expect (RFC 9110, section 10.1.1)
+    "unknown expectation": (PUT + b"Expect: sesame\r\nContent-Length: 29\r\n\r\n" + DATE, 417),
+    "two expectations": (PUT + b"Expect: 100-continue, sesame\r\nContent-Length: 29\r\n\r\n" + DATE, 417),
+    # Other protocols
+    "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(256)) * 2, 400),
+    "binary": (bytes(range(255, -1, -1)) * 4, 400),
+}
+
+
+@pytest.fixture(scope="module")
+def service(database: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service that no request may cost a worker."""
+    timeouts = {"HEAD_TIMEOUT": "1", "CONTENT_TIMEOUT": "1", "LOG_FORMAT": "json"}
+    with Service(tmp_path_factory.mktemp("http"), database, **timeouts) as service:
+        assert service.put("Second").status == 204
+        workers = service.workers()
+        yield service
+        assert service.workers() == workers
+
+
+@pytest.mark.parametrize(("request_bytes", "status"), ERRORS.values(), ids=ERRORS.keys())
+def test_protocol_error_is_answered_once_and_hides_no_second_request(
+    service: Service, postgres: Database, request_bytes: bytes, status: int
+) -> None:
+    (response,) = responses(exchange(service.port, request_bytes + SECOND))
+    assert response.status == status
+    assert response.headers["Connection"] == "close"
+    assert response.headers["Date"]
+    assert "esame" not in response.message
+    assert "Sesame" not in postgres.rows()
+
+
+def test_protocol_error_has_a_request_id_and_a_log_line(service: Service) -> None:
+    (response,) = responses(exchange(service.port, b"SESAME /hello/Sesame HTTP/1.1\r\nHost: a\r\n\r\n"))
+    request_id = response.headers["X-Request-Id"]
+    assert re.fullmatch("[0-9a-f]{32}", request_id)
+    line = wait_until(lambda: [line for line in service.log_text().splitlines() if request_id in line])
+    assert '"status": 501' in line[0]
+    assert "esame" not in line[0]
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"HEAD /hello/Second HTTP/1.1\r\n\r\n",
+        b"HEAD /hello/Second HTTP/2.0\r\nHost: a\r\n\r\n",
+        b"HEAD /hello/S\x00econd HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"HEAD \x00 HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"HEAD /hello/Second HTTP/1.1\r\nHost: a\r\nExpect: x\r\n\r\n",
+        b"HEAD /hello/Second HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"HEAD /hello/" + b"S" * 9000,
+    ],
+)
+def test_protocol_error_of_head_has_no_content(service: Service, request_bytes: bytes) -> None:
+    (response,) = responses(exchange(service.port, request_bytes), ["HEAD"])
+    assert response.status >= 400
+    assert int(response.headers["Content-Length"]) > 0
+
+
+GOOD = {
+    "blank lines before it (RFC 9112, 2.2)": (b"\r\n" * 3 + SECOND, 200),
+    "two spaces (RFC 9112, 3)": (SECOND.replace(b" ", b"  ", 1), 200),
+    "white space around values (RFC 9112, 5)": (
+        b"PUT /hello/Second HTTP/1.1\r\nhost:\ta \r\nCONTENT-LENGTH:29 \t\r\n\r\n" + DATE,
+        204,
+    ),
+    "white space around chunked (RFC 9112, 5.1)": (
+        b"PUT /hello/Second HTTP/1.1\r\nHost: a\r\nTransfer-Encoding:\tchunked\t\r\n\r\n" + CHUNKS,
+        204,
+    ),
+    "chunked in capitals": (
+        b"PUT /hello/Second HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: Chunked\r\n\r\n" + CHUNKS,
+        204,
+    ),
+    "absolute target (RFC 9112, 3.2.2)": (b"GET http://b:80/livez HTTP/1.1\r\nHost: a\r\n\r\n", 200),
+    "absolute target without a port": (b"GET HTTP://[::1]/livez HTTP/1.1\r\nHost: a\r\n\r\n", 200),
+    "no host in HTTP/1.0": (b"GET /livez HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", 200),
+    **{
+        f"host '{host}'": (b"GET /livez HTTP/1.1\r\nHost: %b\r\n\r\n" % host.encode(), 200)
+        for host in ("", "a", "a.example:8080", "a_b", "a:", "[::1]", "[::1]:80", "127.0.0.1", "%61", "xn--a")
+    },
+    "upgrade (RFC 9110, 7.8)": (
+        b"GET /livez HTTP/1.1\r\nHost: a\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: a\r\n\r\n",
+        200,
+    ),
+    "empty expectation (RFC 9110, 10.1.1)": (
+        b"PUT /hello/Second HTTP/1.1\r\nHost: a\r\nExpect:\r\nContent-Length: 29\r\n\r\n" + DATE,
+        204,
+    ),
+    "expectation in HTTP/1.0": (
+        b"PUT /hello/Second HTTP/1.0\r\nExpect: x\r\nConnection: keep-alive\r\nContent-Length: 29\r\n\r\n" + DATE,
+        204,
+    ),
+    "unknown header bytes": (b"GET /livez HTTP/1.1\r\nHost: a\r\nX-A: \xe9\r\n\r\n", 200),
+}
+
+
+@pytest.mark.parametrize(("request_bytes", "status"), GOOD.values(), ids=GOOD.keys())
+def test_request_that_http_allows_is_answered_and_the_next_one_too(
+    service: Service, request_bytes: bytes, status: int
+) -> None:
+    found = responses(exchange(service.port, request_bytes + SECOND))
+    assert [response.status for response in found] == [status, 200]
+
+
+# --- Expect: 100-continue ---------------------------------------------------------------------------
+
+EXPECTING = b"PUT /hello/Expected HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\n"
+
+
+@pytest.mark.parametrize("expectation", [b"", b"Expect: 100-Continue\r\n"], ids=["once", "on two lines"])
+def test_client_that_expects_100_continue_is_told_and_then_answered(
+    service: Service, postgres: Database, expectation: bytes
+) -> None:
+    with service.open_socket() as client:
+        for content in (DATE, DATE):
+            client.sendall(EXPECTING + expectation + b"Content-Length: 29\r\n\r\n")
+            assert client.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            client.sendall(content[:9])
+            client.sendall(content[9:])
+            assert client.recv(1000).startswith(b"HTTP/1.1 204 ")
+        client.sendall(EXPECTING + b"Content-Length: 29\r\n\r\n" + DATE)  # it did not wait
+        assert client.recv(1000).startswith(b"HTTP/1.1 204 ")
+    assert postgres.rows()["Expected"].year == 1990
+
+
+@pytest.mark.parametrize("length", [parser.MAX_EXPECTED_BYTES + 1, 100_000, 10**15])
+def test_client_that_expects_100_continue_for_too_much_content_is_told_413_at_once(
+    service: Service, length: int
+) -> None:
+    (response,) = responses(exchange(service.port, EXPECTING + b"Content-Length: %d\r\n\r\n" % length))
+    assert response.status == 413
+    assert response.headers["Connection"] == "close"
+
+
+# --- One request after the other ---------------------------------------------------------------------
+
+
+def test_request_hidden_in_content_is_not_executed(service: Service, postgres: Database) -> None:
+    inner = b"PUT /hello/Hidden HTTP/1.1\r\nHost: a\r\nContent-Length: 29\r\n\r\n" + DATE
+    for method, status in {"PUT": 400, "GET": 200, "DELETE": 405, "OPTIONS": 204}.items():
+        outer = f"{method} /hello/Second HTTP/1.1\r\nHost: a\r\nContent-Length: {len(inner)}\r\n\r\n".encode()
+        found = responses(exchange(service.port, outer + inner + SECOND))
+        assert [response.status for response in found] == [status, 200]
+    assert "Hidden" not in postgres.rows()
+
+
+def pipeline(count: int, mark: str) -> tuple[bytes, list[str], list[str]]:
+    """Return PUTs and GETs of so many users in one piece, the users, and the messages of the responses."""
+    days = random.Random(mark)
+    users = [f"Pipe{mark}{chr(ord('a') + index % 26)}{chr(ord('a') + index // 26)}" for index in range(count)]
+    data, expected = b"", []
+    for user in users:
+        left = days.randrange(1, 365)
+        born = (datetime.now(UTC).date() + timedelta(left)).replace(year=2000)
+        data += b"PUT /hello/%b HTTP/1.1\r\nHost: a\r\nContent-Length: 29\r\n\r\n%b" % (user.encode(), body(born))
+        data += b"GET /hello/%b HTTP/1.1\r\nHost: a\r\n\r\n" % user.encode()
+        expected += ["", f"Hello, {user}! Your birthday is in {left} day(s)"]
+    return data, users, expected
+
+
+@pytest.mark.parametrize("is_cut", [False, True], ids=["whole", "in pieces"])
+def test_pipelined_requests_are_answered_in_order_each_with_its_own(
+    service: Service, postgres: Database, is_cut: bool
+) -> None:
+    data, users, expected = pipeline(50, "cut" if is_cut else "whole")
+    cuts = sorted(random.Random(1).sample(range(len(data)), 200)) if is_cut else []
+    parts = [data[start:end] for start, end in itertools.pairwise([0, *cuts, len(data)])]
+    found = responses(exchange(service.port, *parts, pause=0.001 if is_cut else 0))
+    assert [response.status for response in found] == [204, 200] * len(users)
+    assert [response.message for response in found] == expected
+    assert postgres.rows().keys() >= set(users)
+
+
+# --- Requests that nobody thought of -----------------------------------------------------------------
+
+PIECES = [
+    b"\r\n",
+    b"\n",
+    b"\r",
+    b"\x00",
+    b" ",
+    b"\t",
+    b":",
+    b"\xff",
+    b"%00",
+    b"%ff",
+    b"%",
+    b"/",
+    b"?",
+    b"*",
+    b"0\r\n\r\n",
+]
+PIECES += [b"HTTP/1.0", b"29", b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"Upgrade: h2c\r\n"]
+PIECES += [b"Expect: 100-continue\r\n", b"Connection: close\r\n"]
+SEEDS = [PUT + b"Content-Length: 29\r\n\r\n" + DATE, CHUNKED + CHUNKS, GET + b"\r\n" + SECOND]
+MUTATIONS = st.lists(
+    st.tuples(st.integers(0, 99), st.integers(0, 9), st.sampled_from(PIECES) | st.binary(max_size=4)),
+    min_size=1,
+    max_size=4,  # of many, hardly one would reach the application
+)
+
+
+def test_any_bytes_are_answered_without_a_failure_of_the_service(
+    service: Service, report: Callable[[str], None]
+) -> None:
+    statuses: Counter[int] = Counter()
+
+    @seed(1)
+    @given(st.sampled_from(SEEDS), MUTATIONS)
+    @settings(max_examples=500, deadline=None, database=None)
+    def check(data: bytes, mutations: list[tuple[int, int, bytes]]) -> None:
+        for start, dropped, piece in mutations:
+            data = data[:start] + piece + data[start + dropped :]
+        for response in responses(exchange(service.port, data)):
+            statuses[response.status] += 1
+            assert response.status < 500 or response.status in {501, 505}
+
+    check()
+    report(f"500 mutated requests, answered {dict(sorted(statuses.items()))}")
+    assert statuses[400]
+    assert set(statuses) & {200, 204}
