@@ -1,9 +1,8 @@
 #!/bin/sh
 # Remove what make made; with WITH_DATA=yes also the data of `make run` and Compose: `make clean`.
 set -eu
-if [ "$WITH_DATA" = yes ] && [ -e "$DATA/data/postmaster.pid" ]; then
-  echo "\`make run\` uses $DATA: stop it first (after a crash: start it and stop it)." >&2
-  exit 1
+if [ "$WITH_DATA" = yes ] && [ -e "$DATA/lock" ] && [ -x "$VENV/bin/python" ]; then
+  "$VENV/bin/python" -m tools.processes "$DATA/lock" # fails while `make run` uses it, ends what a killed one left
 fi
 if docker info >/dev/null 2>&1; then
   if [ "$WITH_DATA" = yes ]; then volumes=--volumes; fi

@@ -4,7 +4,7 @@ An environment that cannot be used is made anew: its Python is missing or too ol
 with `exactly`, its version is not that of the Python that runs this.
 """
 
-import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -136,10 +136,9 @@ def main(folder: Path, name: str, exactly: bool) -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(IndexError):
-        try:
-            main(Path(sys.argv[1]).absolute(), sys.argv[2], "exactly" in sys.argv[3:])
-        except PermissionError as error:
-            fail(f"{error.filename} cannot be written: name other folders, as in `make run VENV=~/venv DATA=~/data`.")
-        except OSError as error:
-            fail(f"{sys.argv[1]} cannot be made: {error}.")
+    try:
+        main(Path(sys.argv[1]).absolute(), sys.argv[2], "exactly" in sys.argv[3:])
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        fail(f"{error.filename} cannot be written: name other folders, as in `make run VENV=~/venv DATA=~/data`.")

@@ -1,0 +1,369 @@
+"""`make run` under an impatient hand: interrupted, killed, with a wrong Python, in folders that it may not write to."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.network import free_port
+from tests.support.wait import wait_until
+from tools import environment
+
+ROOT = Path(__file__).parents[1]
+VENV = Path(sys.executable).parents[1]
+
+
+class MakeRun:
+    """A `make run` in a process group of its own, as a terminal starts it.
+
+    Args:
+        data: its DATA folder.
+        settings: further variables of its environment.
+    """
+
+    def __init__(self, data: Path, **settings: str) -> None:
+        self.port = settings.get("PORT") or str(free_port())
+        own = ("PG", "MAKE", "HOST", "PORT", "METRICS_", "VENV", "DATA", "PYTHON")
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(own)}
+        clean |= {"PORT": self.port, "METRICS_PORT": "0"} | settings
+        self.data = data
+        self.process = subprocess.Popen(
+            ["make", "run", f"DATA={data}", f"VENV={VENV}"],
+            cwd=ROOT,
+            env=clean,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def processes(self) -> list[psutil.Process]:
+        """Return make and what it started."""
+        make = psutil.Process(self.process.pid)
+        return [make, *make.children(recursive=True)]
+
+    def wait_serving(self) -> str:
+        """Wait until it says how to use the service; return its lines."""
+        assert self.process.stdout is not None
+        output = ""
+        while "curl http" not in output:
+            line = self.process.stdout.readline()
+            assert line, output
+            output += line
+        return output
+
+    def send(self, number: int) -> None:
+        """Send a signal to the whole process group, as a terminal does at Ctrl-C."""
+        os.killpg(self.process.pid, number)
+
+    def wait_stopped(self) -> str:
+        """Wait until make and everything that uses the data folder has ended; return the rest of the output."""
+        output = self.process.communicate(timeout=30)[0]
+        wait_until(lambda: users_of(self.data) == [], 30)
+        return output
+
+    def stop(self) -> str:
+        self.send(signal.SIGINT)
+        return self.wait_stopped()
+
+    def ask(self, content: str | None = None) -> int:
+        data = None if content is None else json.dumps({"dateOfBirth": content}).encode()
+        url = f"http://127.0.0.1:{self.port}/hello/Zoe"
+        request = urllib.request.Request(url, data, method="GET" if data is None else "PUT")
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return int(response.status)
+
+
+def users_of(data: Path) -> list[psutil.Process]:
+    """Return the living processes that a `make run` with this DATA started."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and str(data) in str([process.cmdline(), process.environ()]):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Iterator[Path]:
+    """A DATA folder; whatever still uses it after the test is killed."""
+    folder = tmp_path / "data"
+    yield folder
+    for process in users_of(folder):
+        process.kill()
+
+
+# --- It starts, and stops ---------------------------------------------------------------------------
+
+
+def test_data_survives_a_restart_and_no_process_is_left(data: Path) -> None:
+    first = MakeRun(data)
+    assert "Creating the database" in first.wait_serving()
+    assert first.ask("1990-05-17") == 204
+    assert len(first.processes()) > 3
+    first.stop()
+    second = MakeRun(data)
+    second.wait_serving()
+    assert second.ask() == 200
+    second.stop()
+
+
+def test_service_listens_on_loopback_only(data: Path) -> None:
+    run = MakeRun(data)
+    assert f"hello serves on 127.0.0.1:{run.port}" in run.wait_serving()
+    listening = [c.laddr for c in psutil.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    assert [address.ip for address in listening if str(address.port) == run.port] == ["127.0.0.1"]
+    run.stop()
+
+
+# --- Interruptions ----------------------------------------------------------------------------------
+
+
+def test_first_start_interrupted_at_any_moment_spoils_nothing(data: Path) -> None:
+    moments = 0
+    while not (data / "data").exists():
+        run = MakeRun(data)
+        time.sleep(0.1 * moments)  # the moment, not a wait
+        run.stop()
+        moments += 1
+    assert moments >= 8
+    run = MakeRun(data)
+    run.wait_serving()
+    assert run.ask("1990-05-17") == 204
+    run.stop()
+    assert [path.name for path in data.iterdir() if path.name.startswith("data.new")] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])  # an impatient hand; `timeout 5 make run`
+def test_second_signal_leaves_no_process(data: Path, number: int) -> None:
+    run = MakeRun(data)
+    run.wait_serving()
+    for _ in range(5):
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            run.send(number)
+        time.sleep(0.05)  # the moment, not a wait
+    run.wait_stopped()
+
+
+def test_next_start_ends_what_a_killed_one_left(data: Path) -> None:
+    killed = MakeRun(data)
+    killed.wait_serving()
+    assert killed.ask("1990-05-17") == 204
+    for process in killed.processes():
+        if "tools" in str(process.cmdline()):
+            process.kill()
+    killed.process.wait(20)
+    left = users_of(data)
+    assert len(left) > 1
+    run = MakeRun(data, PORT=killed.port)
+    run.wait_serving()
+    assert run.ask() == 200
+    assert set(left) & set(users_of(data)) == set()
+    run.stop()
+
+
+def test_next_start_does_not_end_a_process_that_has_the_id_of_one_that_ended(data: Path) -> None:
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as other:
+        data.mkdir()
+        (data / "lock").write_text(f"{other.pid} an-earlier-time {int(signal.SIGTERM)}\n")
+        run = MakeRun(data)
+        run.wait_serving()
+        run.stop()
+        assert other.poll() is None
+        other.kill()
+
+
+def test_second_make_run_on_the_same_folder_says_so(data: Path) -> None:
+    first = MakeRun(data)
+    first.wait_serving()
+    second = MakeRun(data)
+    assert second.process.communicate(timeout=20)[0].startswith("Another `make run` (process ")
+    assert first.ask("1990-05-17") == 204
+    first.stop()
+
+
+# --- What cannot work says so in one line -----------------------------------------------------------
+
+
+def test_data_folder_that_cannot_be_started_says_what_to_do(data: Path) -> None:
+    (data / "data").mkdir(parents=True)
+    (data / "data" / "PG_VERSION").write_text("17\n")
+    (data / "data").chmod(0o700)
+    if os.geteuid() == 0:
+        shutil.chown(data / "data", "nobody")
+    output = MakeRun(data).wait_stopped()
+    assert "The embedded Postgres did not start: " in output
+    assert "`make clean WITH_DATA=yes`" in output
+    assert "Traceback" not in output
+
+
+def test_taken_port_says_so_in_one_line(data: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        output = MakeRun(data, PORT=str(taken.getsockname()[1])).wait_stopped()
+    assert output.splitlines()[0].startswith("Port ")
+    assert "make run PORT=" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(("name", "value"), [("PORT", "abc"), ("PORT", "70000"), ("METRICS_PORT", "-1")])
+def test_unusable_port_says_so_in_one_line(data: Path, name: str, value: str) -> None:
+    settings = {"PORT": str(free_port())} | {name: value}
+    run = MakeRun(data, **settings)
+    assert run.wait_stopped().splitlines()[0].startswith(f"{name}='{value}' must be ")
+
+
+def test_same_port_twice_says_so_in_one_line(data: Path) -> None:
+    port = str(free_port())
+    assert MakeRun(data, PORT=port, METRICS_PORT=port).wait_stopped().startswith("PORT and METRICS_PORT are both ")
+
+
+def test_database_that_cannot_be_reached_says_so_in_one_line(data: Path) -> None:
+    where = {"PGHOST": "127.0.0.1", "PGPORT": str(free_port()), "INIT_TIMEOUT": "0.5"}
+    output = MakeRun(data, **where).wait_stopped()
+    assert output.splitlines()[0].startswith("init-db: ")
+    assert "Traceback" not in output
+
+
+# --- The virtual environment ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout() -> Iterator[Path]:
+    """A copy of what makes the virtual environment, with nothing to install, in a folder that every user may enter."""
+    folder = Path(tempfile.mkdtemp(prefix="hello-checkout-"))
+    folder.chmod(0o755)
+    for name in ("Makefile", "tools", "requirements"):
+        subprocess.run(["cp", "-R", ROOT / name, folder / name], check=True)
+    (folder / "requirements" / "run.txt").write_text("")
+    yield folder
+    folder.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def make_environment(folder: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    own = ("MAKE", "VENV", "PYTHON")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(own)} | settings
+    command = [shutil.which("make") or "make", "--no-print-directory", "run-environment", *arguments]
+    if os.geteuid() == 0 and folder.stat().st_mode & 0o222 == 0:  # root could write to it
+        command = ["setpriv", "--reuid=nobody", "--clear-groups", *command]
+    return subprocess.run(command, cwd=folder, env=clean, check=False, text=True, capture_output=True, timeout=120)
+
+
+def program(path: Path, script: str) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+PRETEND = f"""exec {sys.executable} -c 'import sys; sys.version_info = (3, 9, 18); exec(sys.argv.pop(1))' "$2" """
+
+
+def test_environment_is_made_once_and_anew_after_an_interruption(checkout: Path) -> None:
+    install = [sys.executable, "tools/environment.py", ".venv", "run"]
+    for moment in (0.1, 0.5, 1.5):
+        process = subprocess.Popen(install, cwd=checkout, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(moment)  # the moment, not a wait
+        process.send_signal(signal.SIGTERM)
+        process.wait(20)
+    done = make_environment(checkout)
+    assert done.returncode == 0
+    assert "downloads about 35 MB, which become 140 MB ..." in done.stdout.splitlines()[-1]
+    subprocess.run([checkout / ".venv" / "bin" / "python", "-m", "pip", "--version"], check=True, capture_output=True)
+    assert make_environment(checkout).stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        ("true", ""),
+        ("rm .venv/bin/python; ln -s /missing/python3 .venv/bin/python", "its Python is missing"),
+        ("rm .venv/bin/python; ln -s /bin/false .venv/bin/python", "its Python does not work"),
+        ("mv old .venv/bin/python", "it has Python 3.9"),
+        ("rm -r .venv/lib", "its Python does not work"),
+        ("touch .venv/incomplete; rm .venv/pyvenv.cfg", "its installation was not finished"),
+    ],
+)
+def test_environment_that_cannot_be_used_has_a_reason(tmp_path: Path, spoil: str, reason: str) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
+    [packages] = (tmp_path / ".venv" / "lib").glob("python*/site-packages")
+    (packages / "pip.py").touch()
+    program(tmp_path / "old", PRETEND)
+    subprocess.run(["sh", "-ec", spoil], cwd=tmp_path, check=True)
+    assert environment.Environment(tmp_path / ".venv", "run").fault(exactly=False) == reason
+
+
+def test_environment_of_another_version_than_the_python_asked_for_has_a_reason(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
+    newer = "print('3.99')"
+    program(tmp_path / ".venv" / "bin" / "python3.99", f'exec {sys.executable} -c "{newer}"')
+    (tmp_path / ".venv" / "bin" / "python").unlink()
+    (tmp_path / ".venv" / "bin" / "python").symlink_to("python3.99")
+    assert environment.Environment(tmp_path / ".venv", "run").fault(exactly=True) == "it has Python 3.99"
+    assert environment.Environment(tmp_path / ".venv", "run").fault(exactly=False) == ""
+
+
+def test_folder_that_is_no_virtual_environment_is_left_alone(checkout: Path) -> None:
+    (checkout / ".venv").mkdir()
+    (checkout / ".venv" / "letter.txt").write_text("Dear Zoe")
+    assert (
+        make_environment(checkout)
+        .stderr.splitlines()[0]
+        .endswith(".venv is no virtual environment: name another folder, as in `make run VENV=~/venv`.")
+    )
+    assert (checkout / ".venv" / "letter.txt").exists()
+
+
+def test_python_that_cannot_be_used_says_so_in_one_line(checkout: Path, tmp_path: Path) -> None:
+    old = program(tmp_path / "python3.9", PRETEND)
+    (tmp_path / "venv.py").write_text("raise ImportError")
+    without_venv = program(tmp_path / "python3", f'PYTHONPATH={tmp_path} exec {sys.executable} "$@"')
+    answers = {
+        "missing": "PYTHON=missing is no program: name one with PYTHON=/path/to/python3.",
+        old: f"PYTHON={old} cannot be used: hello needs Python 3.11 or newer.",
+        without_venv: "This Python has no venv module: install it (on Debian: apt-get install python3-venv).",
+    }
+    for python, answer in answers.items():
+        assert make_environment(checkout, f"PYTHON={python}").stderr.splitlines()[0] == answer
+
+
+def test_machine_without_python_says_so_in_one_line(checkout: Path, tmp_path: Path) -> None:
+    assert make_environment(checkout, PATH=str(tmp_path)).stderr.splitlines()[0] == (
+        "hello needs Python 3.11 or newer on the PATH: install it, or name one with PYTHON=/path/to/python3."
+    )
+
+
+def test_read_only_checkout_says_so_in_one_line(checkout: Path) -> None:
+    checkout.chmod(0o555)
+    assert make_environment(checkout).stderr.splitlines()[0] == (
+        f"{checkout}/.venv cannot be written: name other folders, as in `make run VENV=~/venv DATA=~/data`."
+    )
+
+
+def test_sizes_are_known_for_every_environment() -> None:
+    names = {path.stem for path in environment.REQUIREMENTS.glob("*.txt")} - {"service"}
+    assert set(environment.SIZES) == names
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="not run: only root must give its data to another user")
+def test_modes_of_the_folders_above_stay(data: Path) -> None:
+    parents = [path for path in data.parents if path.stat().st_mode & 0o077 == 0]
+    assert parents
+    run = MakeRun(data)
+    run.wait_serving()
+    run.stop()
+    assert [path for path in parents if path.stat().st_mode & 0o077] == []
