@@ -13,7 +13,7 @@ if [ "$replicas" = 0 ]; then
   echo 'hello-api is scaled to 0: kubectl scale deployment/hello-api --replicas=2'
   exit
 fi
-# The first apply makes one pod. The autoscaler adds the second one within a minute, then the rollout is waited for again.
+# The first apply makes one pod. The autoscaler adds a second one within a minute.
 attempts=120
 while [ "$replicas" -lt 2 ]; do
   attempts=$((attempts - 1))
