@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -32,6 +34,8 @@ from tests.support.manifests import (
     title,
     values,
 )
+from tests.support.postgres import Database
+from tests.support.service import Service, body
 
 OLDEST, NEWEST = "1.30", kubernetes_validate.latest_version()
 LABELS = {f"app.kubernetes.io/{name}" for name in ("name", "instance", "version", "component", "part-of", "managed-by")}
@@ -45,7 +49,6 @@ AUTOVACUUM_WORKERS = 3
 STOP_MARGIN = 2  # seconds for gunicorn's master to end after its workers
 
 kubernetes_validate.utils.schema_contents = functools.cache(kubernetes_validate.utils.schema_contents)
-HELLO_SETTINGS: dict[str, Any] = vars(hello).get("SETTINGS", {"INIT_TIMEOUT": None})
 API_ENVIRONMENT = environment(main_container(API_POD))
 LONGEST_REQUEST = hello.QUEUE_TIMEOUT + hello.DATABASE_TIMEOUT
 
@@ -238,11 +241,12 @@ def test_images_have_the_version_of_the_service() -> None:
 
 def number(name: str) -> float:
     """Return a setting of the API's pods: the manifest's or its default."""
-    return float(API_ENVIRONMENT.get(name) or (HELLO_SETTINGS | settings.SETTINGS)[name].default)
+    default = hello.SETTINGS[name].default if name in hello.SETTINGS else settings.SETTINGS[name].default
+    return float(API_ENVIRONMENT.get(name) or default)
 
 
 def test_settings_are_those_of_the_service() -> None:
-    known = LIBPQ | HELLO_SETTINGS.keys() | settings.SETTINGS.keys()
+    known = LIBPQ | hello.SETTINGS.keys() | settings.SETTINGS.keys()
     assert data("ConfigMap", "hello-api").keys() <= known
     assert get("ConfigMap/hello-api-override")["data"].keys() <= known
 
@@ -284,7 +288,7 @@ def test_connections_of_a_rollout_fit_the_database() -> None:
     assert "replicas" not in spec, "each apply would undo what the autoscaler did"
     surge = spec["strategy"]["rollingUpdate"]["maxSurge"]
     most = get("HorizontalPodAutoscaler/hello-api")["spec"]["maxReplicas"]
-    slots = 2 * hello.DATABASE_CONNECTIONS
+    slots = hello.find_date_of_birth.slots + hello.save_date_of_birth.slots
     # Old pods may still be there when all new ones are; a new pod also runs init-db.
     needed = (2 * most + surge) * number("WEB_CONCURRENCY") * slots + surge
     for limit in values(EVERYTHING, "max_connections"):
@@ -302,6 +306,23 @@ def test_memory_of_postgres_fits_its_limit(name: str) -> None:
     most = quantity(parameters["shared_buffers"]) + int(parameters["max_connections"]) * BACKEND_MIB * 2**20
     most += AUTOVACUUM_WORKERS * quantity(parameters["maintenance_work_mem"])
     assert most <= quantity(resources["limits"]["memory"])
+
+
+def test_connection_takes_no_more_memory_than_counted(
+    postgres: Database, database: dict[str, str], tmp_path: Path
+) -> None:
+    if not Path("/proc/self/smaps_rollup").exists():
+        pytest.skip("only Linux says what memory a process has for itself")
+    with Service(tmp_path, database, WEB_CONCURRENCY="1") as service, ThreadPoolExecutor(50) as pool:
+        names = [a + b for a in "abcdefghij" for b in "abcdefghij"] * 3
+        saved = pool.map(lambda name: service.ask("PUT", f"/hello/{name}", body("1990-05-17")).status, names)
+        assert set(saved) == {204}
+        assert set(pool.map(lambda name: service.ask("GET", f"/hello/{name}").status, names)) == {200}
+        rows = postgres.query("SELECT pid FROM pg_stat_activity WHERE application_name = %s", service.name)
+        pages = [Path(f"/proc/{pid}/smaps_rollup").read_text() for (pid,) in rows]
+    own = [int(page.split("Private_Dirty:")[1].split()[0]) / 1024 for page in pages]
+    assert len(own) == hello.find_date_of_birth.slots + hello.save_date_of_birth.slots
+    assert 0.5 < max(own) < BACKEND_MIB
 
 
 def test_wal_leaves_half_of_the_volume() -> None:
