@@ -20,9 +20,9 @@ for name in list(os.environ):
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
+def postgres() -> Iterator[Database]:
     """Start a Postgres for the whole run, and point libpq's environment at it."""
-    server = Database(tmp_path_factory.mktemp("postgres") / "data", port=str(free_port()), listen_addresses="localhost")
+    server = Database(port=str(free_port()), listen_addresses="localhost")
     server.start()
     os.environ.update(server.environment)
     yield server

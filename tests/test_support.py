@@ -102,8 +102,8 @@ def test_port_that_drops_packets_times_out() -> None:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
-    server = Database(tmp_path_factory.mktemp("support") / "data")
+def server() -> Iterator[Database]:
+    server = Database()
     server.start()
     server.query("CREATE TABLE seen (n int)")
     yield server

@@ -13,7 +13,7 @@ from typing import NamedTuple, Self
 
 from tests.support.network import Connection, Response
 from tests.support.postgres import Database
-from tests.support.service import Service, body
+from tests.support.service import CONNECTIONS, Service, body
 from tests.support.wait import wait_until
 
 
@@ -110,7 +110,7 @@ class Client(threading.Thread):
                 self.get(user)
         except ConnectionRefusedError:
             self.refused += 1  # nothing listens: no request was accepted
-        except Exception as error:  # noqa: BLE001 - Load's __exit__ fails for it
+        except Exception as error:
             self.defects.append(f"{type(error).__name__}: {error}")
 
     def put(self, user: str, born: date) -> None:
@@ -242,3 +242,9 @@ class Load:
             f"{sum(client.sent for client in self.clients)} sent, answered {by_status}, slowest {self.slowest:.2f} s; "
             f"{self.statuses[204]} acknowledged writes, 0 lost; longest outage {outage:.2f} s"
         )
+
+
+def open_all_connections(service: Service, database: Database) -> None:
+    """Let every worker open its connections to the database."""
+    with Load(service, database, 32, is_fresh=True):
+        wait_until(lambda: database.connections(service.name) == CONNECTIONS)

@@ -24,10 +24,17 @@ ROOT = Path(__file__).parents[2]
 PASSWORD = "Sesame-password"  # of the service's role
 
 
+def accessible_folder() -> Path:
+    """Make a temporary folder that Postgres' user, where the tests run as root, can pass through."""
+    folder = Path(tempfile.mkdtemp(prefix="hello-test-"))
+    folder.chmod(0o711)
+    return folder
+
+
 @functools.cache
 def template() -> Path:
     """Return a data folder as initdb makes it; each server of this process starts from a copy."""
-    folder = Path(tempfile.mkdtemp(prefix="hello-template-"))
+    folder = accessible_folder()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     server = Postgres(folder / "data")
     server.start()
@@ -39,9 +46,23 @@ class Database(Postgres):
     """A Postgres of the tests' own; the service connects as a role with few rights.
 
     Args:
-        folder: where its data is.
+        folder: where its data is; by default a temporary folder, which `stop` removes. (pytest's own is no good place
+            for root's tests: each run of pytest makes it inaccessible to the user that Postgres runs as.)
         settings: of postgresql.conf, such as `max_connections="20"`.
     """
+
+    def __init__(self, folder: Path | None = None, **settings: str) -> None:
+        self.temporary: Path | None = None
+        if folder is None:
+            self.temporary = accessible_folder()
+            folder = self.temporary / "data"
+        super().__init__(folder, **settings)
+
+    def stop(self) -> None:
+        """Stop the server and remove its socket and its temporary folder."""
+        super().stop()
+        if self.temporary:
+            shutil.rmtree(self.temporary, ignore_errors=True)
 
     def start(self) -> None:
         """Start the server, the first time on a copy of the template, and wait until it accepts connections."""
@@ -62,6 +83,11 @@ class Database(Postgres):
     def service_environment(self) -> dict[str, str]:
         """The libpq settings of the service."""
         return self.environment | {"PGUSER": "hello", "PGPASSWORD": PASSWORD}
+
+    def hosts(self, *where: tuple[str, int | str]) -> dict[str, str]:
+        """Return the libpq settings of the service with other hosts and ports, tried in this order."""
+        names, ports = zip(*where, strict=True)
+        return self.service_environment | {"PGHOST": ",".join(names), "PGPORT": ",".join(map(str, ports))}
 
     def prepare(self) -> None:
         """Apply the schema as its owner, and create the role of the service."""

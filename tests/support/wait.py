@@ -25,7 +25,7 @@ def in_thread(call: Callable[..., T], *arguments: Any) -> concurrent.futures.Fut
     def run() -> None:
         try:
             future.set_result(call(*arguments))
-        except BaseException as error:  # noqa: BLE001 - the future raises it
+        except BaseException as error:
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()

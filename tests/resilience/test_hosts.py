@@ -1,0 +1,192 @@
+"""Of several hosts one refuses, is silent, is a standby, or loses its part; a commit waits for a standby."""
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.fault_proxy import FaultProxy
+from tests.support.load import Load, open_all_connections
+from tests.support.network import free_port, silent_port
+from tests.support.postgres import Database
+from tests.support.service import CONNECTIONS, SHORT_TIMEOUTS, Service
+from tests.support.wait import in_thread, wait_until
+
+LOCALHOST = "127.0.0.1"
+READ_WRITE = {"PGTARGETSESSIONATTRS": "read-write"}
+IN_TIME = 1.125 + 2  # seconds: QUEUE_TIMEOUT + DATABASE_TIMEOUT of SHORT_TIMEOUTS, and a margin for a busy machine
+SOON = 5  # seconds within which a success must follow once there is a server to write to
+ANSWERED = {200, 204, 404}  # 404: the PUT of a new user was answered 503
+WAITING = "FROM pg_stat_activity WHERE usename = 'hello' AND wait_event = 'SyncRep'"
+
+
+@contextlib.contextmanager
+def replicated() -> Iterator[tuple[Database, Database]]:
+    """Yield a primary, and a standby that each commit waits for."""
+    primary, standby = (Database(listen_addresses=LOCALHOST, port=str(free_port())) for _ in range(2))
+    primary.start()
+    primary.prepare()
+    standby.folder.mkdir(mode=0o700)
+    if os.geteuid() == 0:
+        shutil.chown(standby.folder, "nobody")
+    where = ["-h", primary.sockets_folder, "-p", str(primary.port), "-U", "postgres", "-D", str(standby.folder)]
+    primary.call("pg_basebackup", *where, "-R", "-c", "fast")
+    standby.start()
+    wait_until(lambda: primary.query("SELECT 1 FROM pg_stat_replication WHERE state = 'streaming'"))
+    primary.query("ALTER SYSTEM SET synchronous_standby_names = '*'")
+    primary.query("SELECT pg_reload_conf()")
+    wait_until(lambda: primary.query("SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"))
+    try:
+        yield primary, standby
+    finally:
+        standby.stop()
+        primary.stop()
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[tuple[Database, Database]]:
+    """A primary and its synchronous standby, which no test changes."""
+    with replicated() as servers:
+        yield servers
+
+
+@pytest.fixture
+def second() -> Iterator[Database]:
+    """A writable server that knows nothing of `database`."""
+    server = Database()
+    server.start()
+    server.prepare()
+    yield server
+    server.stop()
+
+
+# --- One of two hosts -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["refuses", "is silent", "drops packets", "is a standby"])
+def test_first_of_two_hosts_that_does_not_serve_is_passed_over(
+    pair: tuple[Database, Database], tmp_path: Path, report: Callable[[str], None], first: str
+) -> None:
+    primary, standby = pair
+    with contextlib.ExitStack() as stack:
+        if first == "refuses":
+            port = free_port()
+        elif first == "is a standby":
+            port = standby.port
+        else:
+            port = stack.enter_context(silent_port(drops=first == "drops packets"))
+        environment = primary.hosts((LOCALHOST, port), (LOCALHOST, primary.port)) | READ_WRITE
+        service = stack.enter_context(Service(tmp_path, environment, CONNECT_TIMEOUT="0.25"))
+        with Load(service, primary) as load:
+            load.wait_for_answers(300)
+    report(load.report())
+    assert set(load.statuses) == {200, 204}
+
+
+def test_operations_that_meet_a_silent_host_together_both_go_on_to_the_next(
+    pair: tuple[Database, Database], tmp_path: Path
+) -> None:
+    primary, _ = pair
+    with silent_port() as port:
+        environment = primary.hosts((LOCALHOST, port), (LOCALHOST, primary.port))
+        with Service(tmp_path, environment, WEB_CONCURRENCY="1") as service:
+            futures = [in_thread(service.put, "Together"), in_thread(service.ask, "GET", "/readyz")]
+            assert [future.result().status for future in futures] == [204, 200]
+
+
+def test_standby_promoted_under_load_has_every_acknowledged_put(tmp_path: Path, report: Callable[[str], None]) -> None:
+    with replicated() as (primary, standby):
+        environment = primary.hosts(*((LOCALHOST, server.port) for server in (primary, standby))) | READ_WRITE
+        with Service(tmp_path, environment, **SHORT_TIMEOUTS) as service:
+            workers = service.workers()
+            with Load(service, standby) as load:
+                load.wait_for_answers(300)
+                primary.kill()
+                load.wait_for_answers(50, [503])
+                standby.query("SELECT pg_promote()")
+                promoted = time.monotonic()
+                load.wait_for_answers(300)
+            assert service.workers() == workers
+        report(f"{load.report()}; first success {load.first_success(promoted):.2f} s after the promotion")
+        assert set(load.statuses) <= ANSWERED | {503}
+        assert load.first_success(promoted) < SOON
+        assert load.slowest < IN_TIME
+
+
+def test_primary_that_becomes_read_only_is_left_for_the_writable_host_by_put_and_get(
+    database: Database, second: Database, tmp_path: Path, report: Callable[[str], None]
+) -> None:
+    environment = database.hosts(*((server.sockets_folder, server.port) for server in (database, second))) | READ_WRITE
+    with Service(tmp_path, environment) as service:
+        open_all_connections(service, database)
+        with database.set(default_transaction_read_only="on"), Load(service, second) as load:
+            load.wait_for_answers(300)
+    report(load.report())
+    assert set(load.statuses) <= ANSWERED | {503}  # the PUT that met the read-only server is not sent again
+    assert load.statuses[503] <= 16  # one batch of each of the two workers, in which each client has one PUT at most
+
+
+def test_host_that_swallows_a_write_is_left_for_the_next(database: Database, second: Database, tmp_path: Path) -> None:
+    with FaultProxy(f"{database.sockets_folder}/.s.PGSQL.{database.port}") as proxy:
+        environment = database.hosts((LOCALHOST, proxy.port), (second.sockets_folder, second.port))
+        timeouts = {"CONNECT_TIMEOUT": "0.75", "DATABASE_TIMEOUT": "0.75"}  # no time for two hosts
+        with Service(tmp_path, environment, WEB_CONCURRENCY="1", **timeouts) as service:
+            assert service.put("Swallowed").status == 204
+            assert "Swallowed" in database.rows()
+            proxy.blackhole()
+            assert service.put("Swallowed").status == 503
+            assert service.put("Swallowed", "1991-01-01").status == 204
+            assert second.rows()["Swallowed"].year == 1991
+
+
+# --- A commit that waits for a standby --------------------------------------------------------------
+
+
+def test_commit_whose_wait_for_the_standby_was_cancelled_is_503(database: Database, default_service: Service) -> None:
+    with database.set(synchronous_standby_names="absent"):
+        answer = in_thread(default_service.put, "Unsure")
+        wait_until(lambda: database.query(f"SELECT pg_cancel_backend(pid) {WAITING}"))
+        assert answer.result().status == 503
+        assert answer.result().seconds < 2.5  # and not DATABASE_TIMEOUT, which is 3 s
+    assert "Unsure" in database.rows()  # Postgres did commit it, on one server only
+
+
+def test_standby_that_is_missing_costs_one_connection_a_slot_and_only_puts(
+    database: Database, service: Service, report: Callable[[str], None]
+) -> None:
+    open_all_connections(service, database)
+    with Load(service, database, 64) as load:
+        with database.set(synchronous_standby_names="absent"), database.connection_counts(service.name) as counts:
+            load.wait_for_answers(2 * 64, [503])  # each client's PUT was given up on, and refused at least once more
+            waiting = set(database.query(f"SELECT pid {WAITING}"))
+            load.wait_for_answers(2 * 64, [503])
+            load.wait_for_answers(64, [200, 404])
+            ended = waiting - set(database.query(f"SELECT pid {WAITING}"))
+        load.wait_for_answers(64, [204])
+    report(f"{load.report()}; connections at most {max(counts)}")
+    assert ended == set()  # terminating a session that waits would acknowledge its commit to nobody, and not undo it
+    assert load.slowest < IN_TIME
+    # A commit that was given up on still waits in the server: one more for each of the two workers' slots for PUT.
+    assert max(counts) <= CONNECTIONS + 2
+    wait_until(lambda: database.connections(service.name) <= CONNECTIONS)
+
+
+def test_put_answered_503_never_overwrites_a_later_acknowledged_one(database: Database, tmp_path: Path) -> None:
+    with Service(tmp_path, database.service_environment, WEB_CONCURRENCY="1", **SHORT_TIMEOUTS) as service:
+        assert service.put("Twice", "1990-01-01").status == 204
+        saving = "SELECT pid FROM pg_stat_activity WHERE application_name = %s AND query LIKE %s"
+        [(pid,)] = database.query(saving, service.name, "%INSERT%")
+        backend = psutil.Process(pid)
+        backend.suspend()
+        try:
+            assert service.put("Twice", "1991-01-01").status == 503
+            wait_until(lambda: service.put("Twice", "1992-01-01").status == 204)
+        finally:
+            backend.resume()
+        backend.wait(10)  # it runs what it was sent, and finds its client gone
+        assert database.rows()["Twice"].year == 1992

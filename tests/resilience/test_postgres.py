@@ -1,0 +1,274 @@
+"""Postgres is killed, restarted, suspended, locked, full or read-only while clients are at work."""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import psycopg2
+import pytest
+
+from tests.support.load import Load, letters, open_all_connections
+from tests.support.network import silent_port
+from tests.support.postgres import Database, accessible_folder
+from tests.support.service import CONNECTIONS, SHORT_TIMEOUTS, Service, body
+from tests.support.wait import in_thread, wait_until
+
+IN_TIME = 1.125 + 2  # seconds: QUEUE_TIMEOUT + DATABASE_TIMEOUT of SHORT_TIMEOUTS, and a margin for a busy machine
+DEFAULT_IN_TIME = 4.5 + 2
+SOON = 5  # seconds within which a success must follow once the database is back
+ANSWERED = {200, 204, 404}  # 404: the PUT of a new user was answered 503
+
+
+def test_postgres_killed_under_load_loses_no_acknowledged_put(
+    database: Database, service: Service, report: Callable[[str], None]
+) -> None:
+    with Load(service, database) as load:
+        load.wait_for_answers(300)
+        database.kill()
+        load.wait_for_answers(50, [503])
+        database.start()
+        started = time.monotonic()
+        load.wait_for_answers(300)
+    report(f"{load.report()}; first success {load.first_success(started):.2f} s after the recovery")
+    assert set(load.statuses) <= ANSWERED | {503}
+    assert load.first_success(started) < SOON
+    assert load.slowest < IN_TIME
+
+
+def test_postgres_restarted_while_connections_are_idle_costs_no_request(
+    database: Database, default_service: Service, report: Callable[[str], None]
+) -> None:
+    open_all_connections(default_service, database)
+    database.restart()
+    with Load(default_service, database, 32, is_fresh=True) as load:
+        wait_until(lambda: database.connections(default_service.name) == CONNECTIONS)
+    report(load.report())
+    assert set(load.statuses) == {200, 204}
+
+
+def test_postgres_suspended_is_503_in_time_and_livez_stays_fast_with_the_default_timeouts(
+    database: Database, default_service: Service, report: Callable[[str], None]
+) -> None:
+    open_all_connections(default_service, database)
+    alive: list[float] = []
+    with Load(default_service, database, 64) as load:
+        load.wait_for_answers(200)
+        with database.suspended():
+            readiness = in_thread(default_service.ask, "GET", "/readyz")
+            start = time.monotonic()
+            # Long enough for requests that begin while every slot waits for a connection.
+            while time.monotonic() < start + 5 or not readiness.done():
+                answer = default_service.ask("GET", "/livez")
+                assert answer.status == 200
+                alive.append(answer.seconds)
+        resumed = time.monotonic()
+        load.wait_for_answers(200)
+    report(
+        f"{load.report()}; /livez {len(alive)} times, slowest {max(alive) * 1000:.0f} ms; "
+        f"first success {load.first_success(resumed):.2f} s after SIGCONT"
+    )
+    assert readiness.result().status == 503
+    assert load.statuses[503]
+    assert set(load.statuses) <= ANSWERED | {503}
+    assert load.slowest < DEFAULT_IN_TIME
+    assert max(alive) < 1  # a worker that waited for Postgres would take CONNECT_TIMEOUT, which is 1 s, or longer
+    assert load.first_success(resumed) < SOON
+    # Connections that timed out while they were opened were closed.
+    wait_until(lambda: database.connections(default_service.name) <= CONNECTIONS)
+
+
+def test_connection_that_was_not_opened_in_time_is_closed_before_the_answer(database: Database, tmp_path: Path) -> None:
+    with (
+        silent_port() as port,
+        Service(tmp_path, database.hosts(("127.0.0.1", port)), **SHORT_TIMEOUTS) as service,
+    ):
+        puts = [in_thread(service.put, f"Silent{letters(index)}") for index in range(8)]
+        assert {put.result().status for put in puts} == {503}
+        workers = [psutil.Process(pid) for pid in service.workers()]
+        left = [c for worker in workers for c in worker.net_connections() if c.raddr[1:] == (port,)]
+    assert left == []  # the server might wake up and complete them
+
+
+@pytest.fixture
+def silent_resolver(tmp_path: Path) -> Iterator[tuple[list[str], socket.socket]]:
+    """Yield a command prefix that gives a process a name server which does not answer, and that server's socket."""
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        pytest.skip("only root can give a process a resolv.conf of its own")
+    address = f"127.53.{os.getpid() % 250}.53"
+    (tmp_path / "resolv.conf").write_text(f"nameserver {address}\noptions timeout:4 attempts:1\n")
+    script = f'mount --bind {tmp_path}/resolv.conf /etc/resolv.conf && exec "$@"'
+    if subprocess.run(["unshare", "--mount", "true"], check=False, capture_output=True).returncode != 0:
+        pytest.skip("mount namespaces are not permitted here")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind((address, 53))
+        server.setblocking(False)
+        yield ["unshare", "--mount", "sh", "-c", script, "sh"], server
+
+
+def test_silent_name_server_is_503_in_time_and_livez_stays_fast(
+    database: Database, tmp_path: Path, silent_resolver: tuple[list[str], socket.socket]
+) -> None:
+    prefix, server = silent_resolver
+    environment = database.hosts(("database.example", 5432))
+    with Service(tmp_path, environment, prefix=prefix, **SHORT_TIMEOUTS) as service:
+        puts = [in_thread(service.put, f"Nameless{letters(index)}") for index in range(8)]
+        alive = []
+        while not all(put.done() for put in puts):
+            alive.append(service.ask("GET", "/livez").seconds)
+    assert server.recv(512)  # it was asked
+    assert {put.result().status for put in puts} == {503}
+    assert max(put.result().seconds for put in puts) < IN_TIME
+    assert max(alive) < 2  # a worker that waited for the name would take 4 s
+
+
+def test_host_whose_name_is_not_answered_for_does_not_use_up_the_time_of_the_next(
+    database: Database, tmp_path: Path, silent_resolver: tuple[list[str], socket.socket]
+) -> None:
+    prefix, server = silent_resolver
+    environment = database.hosts(("database.example", 5432), (database.sockets_folder, database.port))
+    with Service(tmp_path, environment, prefix=prefix) as service:
+        assert service.put("Nameless").status == 204
+    assert server.recv(512)
+
+
+@pytest.mark.parametrize("operation", ["PUT", "GET"])
+def test_row_or_table_that_is_locked_is_503_after_the_statement_timeout(
+    database: Database, tmp_path: Path, operation: str
+) -> None:
+    lock = "SELECT FROM users WHERE username = 'Locked' FOR UPDATE" if operation == "PUT" else "LOCK TABLE users"
+    content = body("1991-01-01") if operation == "PUT" else None
+    with Service(tmp_path, database.service_environment, STATEMENT_TIMEOUT="0.25", DATABASE_TIMEOUT="10") as service:
+        assert service.put("Locked", "1990-01-01").status == 204
+        with database.locked(lock):
+            answers = [service.ask(operation, "/hello/Locked", content) for _ in range(2)]
+            other = service.put("Free")
+        assert [answer.status for answer in answers] == [503, 503]
+        assert max(answer.seconds for answer in answers) < 5  # and not DATABASE_TIMEOUT
+        assert other.status == (204 if operation == "PUT" else 503)  # a row lock affects only that row
+        assert database.rows()["Locked"].year == 1990
+        assert service.ask(operation, "/hello/Locked", content).status in {200, 204}
+
+
+def test_table_locked_under_load_is_503_in_time(
+    database: Database, service: Service, report: Callable[[str], None]
+) -> None:
+    with Load(service, database, 64) as load, database.connection_counts(service.name) as counts:
+        load.wait_for_answers(200)
+        with database.locked("LOCK TABLE users"):
+            load.wait_for_answers(200, [503])
+        released = time.monotonic()
+        load.wait_for_answers(200)
+    report(f"{load.report()}; connections at most {max(counts)}")
+    assert set(load.statuses) <= ANSWERED | {503}
+    assert load.slowest < IN_TIME
+    assert load.first_success(released) < SOON
+    # A backend whose client gave up holds its connection until the statement timeout ends its wait for the lock.
+    assert max(counts) <= 2 * CONNECTIONS
+    wait_until(lambda: database.connections(service.name) <= CONNECTIONS)
+
+
+def test_server_without_a_free_connection_is_503_until_there_is_one(
+    database: Database, service: Service, report: Callable[[str], None]
+) -> None:
+    open_all_connections(service, database)
+    database.query("CREATE ROLE other LOGIN")
+    database.disconnect_service()
+    with contextlib.ExitStack() as others:
+        with contextlib.suppress(psycopg2.OperationalError):
+            while True:
+                others.enter_context(contextlib.closing(database.connect("other")))
+        with Load(service, database) as load:
+            load.wait_for_answers(100, [503])
+            refused = load.statuses
+            others.close()
+            released = time.monotonic()
+            load.wait_for_answers(100)
+    report(f"{load.report()}; first success {load.first_success(released):.2f} s after there was room")
+    assert set(refused) == {503}
+    assert set(load.statuses) <= ANSWERED | {503}
+    assert load.first_success(released) < SOON
+
+
+@contextlib.contextmanager
+def small_tmpfs(database: Database) -> Iterator[Callable[[], None]]:
+    """Move the table to a file system with 32 KiB left; yield what makes room."""
+    folder = accessible_folder()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+        pytest.skip("only root can mount a file system; the file size limit is tested all the same")
+    try:
+        shutil.chown(folder, "nobody")
+        database.query(f"CREATE TABLESPACE small LOCATION '{folder}'")
+        database.query("ALTER TABLE users SET TABLESPACE small")
+        ballast = folder / "ballast"
+        ballast.write_bytes(bytes(shutil.disk_usage(folder).free - 32768))
+        try:
+            yield ballast.unlink
+        finally:
+            ballast.unlink(missing_ok=True)
+            database.query("ALTER TABLE users SET TABLESPACE pg_default")
+            database.query("DROP TABLESPACE small")
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+        folder.rmdir()
+
+
+@contextlib.contextmanager
+def file_size_limit(database: Database) -> Iterator[Callable[[], None]]:
+    """Let no file of the server grow beyond the table's size; yield what lifts that."""
+    if shutil.which("prlimit") is None:
+        pytest.skip("there is no prlimit (of util-linux) here")
+    # Beyond 16 MiB, which a WAL file has from the start; four rows of this size fill a page to its last byte.
+    database.query("INSERT INTO users SELECT lpad(n::text, 2000, 'x'), '1990-05-17' FROM generate_series(1, 8800) n")
+
+    def limit(size: int | str) -> None:
+        for process in database.processes():
+            command = ["prlimit", f"--pid={process.pid}", f"--fsize={size}:"]
+            user: dict[str, Any] = {}
+            if os.geteuid() == 0:  # which may not have the capability that the limits of others need
+                user = {"user": process.uids().real, "group": process.gids().real, "extra_groups": []}
+            done = subprocess.run(command, check=False, capture_output=True, **user)
+            assert done.returncode == 0 or not process.is_running(), done.stderr
+
+    limit(database.query("SELECT pg_relation_size('users')")[0][0])
+    try:
+        yield lambda: limit("unlimited")
+    finally:
+        limit("unlimited")
+        database.query("DELETE FROM users WHERE username LIKE 'xxx%'")
+        database.query("VACUUM FULL users")
+
+
+@pytest.mark.parametrize("full", [small_tmpfs, file_size_limit])
+def test_disk_that_is_full_refuses_put_and_serves_get(
+    database: Database, service: Service, report: Callable[[str], None], full: Callable[..., Any]
+) -> None:
+    assert service.put("Early").status == 204
+    with full(database) as make_room, Load(service, database, pause=0) as load:
+        load.wait_for_answers(20, [503])
+        during = [service.ask("GET", "/hello/Early").status for _ in range(10)]
+        make_room()
+        load.wait_for_answers(50, [204])
+        after = [service.put(f"Roomy{letters(index)}").status for index in range(10)]
+    report(load.report())
+    assert during == [200] * 10
+    assert set(load.statuses) <= ANSWERED | {503}
+    assert after == [204] * 10
+
+
+def test_read_only_database_refuses_put_and_serves_get(database: Database, service: Service) -> None:
+    assert service.put("Early").status == 204
+    with database.set(default_transaction_read_only="on"):
+        statuses = [service.put("Late").status for _ in range(10)]
+        statuses += [service.ask("GET", "/hello/Early").status for _ in range(10)]
+    assert statuses == [503] * 10 + [200] * 10
+    assert "Late" not in database.rows()
+    assert [service.put("Later").status for _ in range(10)] == [204] * 10
+    assert "Later" in database.rows()

@@ -1,0 +1,76 @@
+"""What the service may do in the database, how it checks whom it talks to, and what logs and process lists show."""
+
+import contextlib
+import re
+import ssl
+from pathlib import Path
+
+import psutil
+import psycopg2
+import pytest
+import trustme
+
+from tests.support.load import Load
+from tests.support.network import exchange, tls_proxy
+from tests.support.postgres import PASSWORD, Database
+from tests.support.service import SHORT_TIMEOUTS, Service
+
+
+@pytest.mark.parametrize(("is_ours", "status"), [(True, 204), (False, 503)], ids=["our CA", "another CA"])
+def test_certificate_of_postgres_is_verified(database: Database, tmp_path: Path, is_ours: bool, status: int) -> None:
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    (authority if is_ours else trustme.CA()).cert_pem.write_to_path(tmp_path / "root.crt")
+    with tls_proxy(f"{database.sockets_folder}/.s.PGSQL.{database.port}", context) as port:
+        environment = database.hosts(("localhost", port)) | {
+            "PGSSLMODE": "verify-full",
+            "PGSSLROOTCERT": str(tmp_path / "root.crt"),
+        }
+        with Service(tmp_path, environment) as service:
+            assert service.put("Secured").status == status
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DELETE FROM users",
+        "TRUNCATE users",
+        "DROP TABLE users",
+        "ALTER TABLE users ADD x int",
+        "CREATE TABLE x ()",
+        "COPY users TO PROGRAM 'cat'",
+        "SELECT pg_read_file('PG_VERSION')",
+        "CREATE ROLE x",
+    ],
+)
+def test_role_of_the_service_may_not(database: Database, statement: str) -> None:
+    denied = pytest.raises(psycopg2.errors.InsufficientPrivilege)
+    with contextlib.closing(database.connect("hello")) as connection, connection.cursor() as cursor, denied:
+        cursor.execute(statement)
+
+
+def test_process_list_shows_no_password_and_no_name(database: Database, service: Service) -> None:
+    assert service.environment["PGPASSWORD"] == PASSWORD
+    with Load(service, database, 4) as load:
+        load.wait_for_answers(50)
+        processes = [*map(psutil.Process, [service.process.pid, *service.workers()]), *database.processes()]
+        lines = "\n".join(" ".join(process.cmdline()) for process in processes)
+    assert "hello:application" in lines
+    assert not re.findall(f"{PASSWORD}|Quux", lines)
+
+
+def test_log_has_no_name_no_date_and_no_text_of_the_driver(database: Database, tmp_path: Path) -> None:
+    with Service(tmp_path, database.service_environment, **SHORT_TIMEOUTS) as service:
+        assert service.put("Quuxlast", "1234-05-17").status == 204
+        with database.locked("LOCK TABLE users"):
+            assert service.put("Quuxlast", "1234-05-17").status == 503
+        database.disconnect_service()
+        exchange(service.port, b"PUT /hello/Quuxlast HTTP/1.1\r\nHost: a\r\nContent-Length: Sesame\r\n\r\n1234-05-17")
+        exchange(service.port, b"GET /hello/Quux%00last?dateOfBirth=1234-05-17 HTTP/1.1\r\nHost: Sesame\r\n\r\n")
+        assert service.put("Quuxlast", "Sesame").status == 400
+        assert service.put("Quuxlast", "1234-05-17").status == 204
+    text = service.log_text()  # whole: the service has ended
+    assert '"status": 503' in text
+    assert '"status": 400' in text
+    assert not re.findall("Quux|Sesame|1234|Traceback|psycopg2|FATAL|INSERT|cancel", text)
