@@ -358,17 +358,22 @@ def servers(deadline: float) -> dict[str, str]:
     return dict(zip(("host", "hostaddr", "port"), map(",".join, lists), strict=True))
 
 
-def connect() -> Connection:
-    """Open a connection with libpq's settings; raise psycopg2.Error or TimeoutError."""
+def connect(until: float) -> Connection:
+    """Open a connection with libpq's settings; if a server is silent, try the next one if it can answer by `until`."""
     deadline = monotonic() + CONNECT_TIMEOUT
     options: dict[str, Any] = {"fallback_application_name": "hello", "client_encoding": "UTF8"}
     options["tcp_user_timeout"] = round(CONNECT_TIMEOUT * 1000)
     if not os.environ.get("PGHOSTADDR") and not os.environ.get("PGSERVICE"):
         options |= servers(deadline)
-    return psycopg2.connect(None, partial(Connection, deadline), **options)
+    try:
+        return psycopg2.connect(None, partial(Connection, deadline), **options)
+    except TimeoutError:
+        if "," not in options.get("host", "") or monotonic() + CONNECT_TIMEOUT > until:
+            raise
+    return connect(until)
 
 
-def usable(connection: Connection | None, *, writes: bool) -> Connection:
+def usable(connection: Connection | None, until: float, *, writes: bool) -> Connection:
     """Return the connection, or a new one if its server has closed it or another server takes the writes now."""
     if connection and not connection.closed:
         poller = select.poll()
@@ -378,9 +383,9 @@ def usable(connection: Connection | None, *, writes: bool) -> Connection:
             return connection
         connection.close()
     if not writes:
-        return connect()
+        return connect(until)
     if monotonic() >= Connection.blocked_until:
-        connection = connect()
+        connection = connect(until)
         if not connection.waiting_commits:
             if connection.server != Connection.writer:
                 Connection.writer, Connection.writer_since = connection.server, connection.opened
@@ -473,7 +478,7 @@ class Batcher:
         """Return the connection, and each row's result or error; after one of ROW_ERRORS, run row by row."""
         start, error = monotonic(), None
         try:
-            connection = usable(connection, writes=self.statement is save)
+            connection = usable(connection, deadline, writes=self.statement is save)
             connection.deadline = deadline
             with connection.cursor() as cursor:
                 return connection, self.statement(cursor, rows)
@@ -502,7 +507,7 @@ def init_db() -> None:
     schema, deadline, printed = Path(__file__).with_name("schema.sql").read_text(), monotonic() + INIT_TIMEOUT, ""
     while True:
         try:
-            connection = connect()
+            connection = connect(deadline)
             connection.deadline = deadline
             return connection.cursor().execute(schema)
         except (psycopg2.Error, TimeoutError) as error:
