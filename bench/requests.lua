@@ -1,5 +1,5 @@
--- What wrk sends: GET or PUT of random users. Arguments: method, users, mean pause in ms, seed.
--- A name is of letters only: "User" and seven digits, written a to j.
+-- GET or PUT of random users for wrk. Arguments: method, number of users, mean pause in ms, seed.
+-- A username is "User" and seven digits, written as the letters a to j.
 
 local LETTERS = {}
 for digit = 0, 9 do LETTERS[tostring(digit)] = string.char(97 + digit) end
@@ -17,13 +17,13 @@ function init(arguments)
       .. '{"dateOfBirth": "' .. born .. '"}'
   end
 
-  if pause > 0 then  -- exponential: the clients come like strangers, not in step
+  if pause > 0 then  -- exponentially distributed, so that the clients are not in step
     function delay() return math.floor(-pause * math.log(1 - math.random()) + 0.5) end
   end
 end
 
 function done(summary, latency)
   local errors = summary.errors
-  io.write(string.format("\nRESULT %d %d %d %d %d\n", summary.requests, summary.duration, latency:percentile(50),
-    latency:percentile(99), errors.connect + errors.read + errors.write + errors.status + errors.timeout))
+  io.write(string.format("\nRESULT %d %d %d %d\n", summary.requests, summary.duration, latency:percentile(99),
+    errors.connect + errors.read + errors.write + errors.status + errors.timeout))
 end

@@ -1,7 +1,8 @@
-"""Say where a worker's time goes, by part of the code: `make bench-profile`.
+"""Show where a worker's time goes, by part of the code: `make bench-profile`.
 
-py-spy samples one of hello's two workers while wrk's 32 clients GET, then PUT, 100,000 users; what both workers and
-Postgres use of the CPU for a request is measured meanwhile, and the system calls of a request where strace is there.
+py-spy samples one of hello's two workers while wrk's clients GET, then PUT. A sample belongs to the innermost function
+of ours on its stack, and to the section of its file if the file has sections (`# --- Name ---`). Then the CPU time of a
+request is measured without py-spy, and its system calls with strace where that is installed. Linux only.
 """
 
 import re
@@ -9,111 +10,119 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
-from run import BIN, METHODS, Contestant, create, hello, load, postgres, running, say
+from bench.contestants import BIN, Contestant, hello_service, process_tree, running
+from bench.database import ROOT, create_database, postgres, psql
+from bench.load import METHODS, Load
+from bench.report import machine, number, table
 
 USERS = 100_000
 SECONDS = 6
-# The first that a stack has a function of names its part; a function is as py-spy writes it, without its class.
-PARTS = {
-    "the statement: libpq and the wait for it": ["find (hello.py", "save (hello.py"],
-    "the batcher: lock, event, handing over": ["__call__ (hello.py"],
-    "the application without these: routing, checks, birthday, JSON": ["application (hello.py"],
-    "telemetry: request id, counts, log line": ["__call__ (telemetry.py", "flush_now_and_then (telemetry.py"],
-    "parsing: httptools and the environ": ["feed (worker.py"],
-    "receiving, with the wait for a client": ["receive (worker.py"],
-    "sending": ["send (worker.py"],
-    "the response's head": ["respond (worker.py", "answer (worker.py"],
-    "the event loop, and the rest": [""],
-}
+SMALLEST_SHARE = 0.01
+REST = "gevent's event loop, and the rest"
+FRAME = re.compile(r"(\S+) \(([^():]+):(\d+)\)")  # as in py-spy's raw format
+OUTPUT = Path(__file__).with_name("profile.md")
+
+
+@cache
+def sections(file: str) -> list[tuple[int, str]]:
+    """Return the first line and the name of each section of one of our files, none if the file is not ours."""
+    path = ROOT / file
+    if file.startswith(("/", ".")) or not path.exists():
+        return []
+    lines = enumerate(path.read_text().splitlines(), 1)
+    found = [(line, heading[1]) for line, text in lines if (heading := re.match(r"# --- (.+?) -+$", text))]
+    return [(1, ""), *found]
 
 
 def part_of(stack: str) -> str:
-    return next(part for part, functions in PARTS.items() if any(function in stack for function in functions))
+    """Return the part of the code that a stack is in; the innermost frame is the last."""
+    for function, file, line in reversed(FRAME.findall(stack)):
+        if known := sections(file.removeprefix(f"{ROOT}/")):
+            section = next(name for first, name in reversed(known) if first <= int(line))
+            return f"`{file.removeprefix(f'{ROOT}/')}`: {section or f'`{function}`'}"
+    return REST
 
 
-def samples(pid: int, path: Path) -> "subprocess.Popen[bytes]":
-    """Start py-spy on a worker; its samples are in the file when it ends."""
-    command = [
-        BIN / "py-spy",
-        "record",
-        "-r",
-        "400",
-        "-d",
-        str(SECONDS - 2),
-        "-f",
-        "raw",
-        "-o",
-        path,
-        "--pid",
-        str(pid),
-    ]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def sample_stacks(service: Contestant, worker: int, method: str, path: Path) -> Counter[str]:
+    """Return the number of py-spy's samples of each part while a service is loaded."""
+    command = [str(BIN / "py-spy"), "record", "--rate", "400", "--duration", str(SECONDS - 2), "--format", "raw"]
+    command += ["--output", str(path), "--pid", str(worker)]
+    profiler = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    service.run(Load(method, SECONDS, users=USERS))
+    profiler.wait()
+    counts: Counter[str] = Counter()
+    for line in path.read_text().splitlines():
+        stack, count = line.rsplit(" ", 1)
+        counts[part_of(stack)] += int(count)
+    return counts
 
 
-def cpu_seconds(pids: list[int]) -> float:
-    """Return the CPU time of processes, threads included (Linux)."""
+def cpu_seconds(pids: Sequence[int]) -> float:
+    """Return the CPU time of processes, threads included."""
     tasks = [task for pid in pids for task in Path(f"/proc/{pid}/task").iterdir()]
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def request_cost(service: Contestant, workers: Sequence[int], method: str) -> str:
+    """Return throughput, and the CPU time of a request in the workers and in Postgres."""
+    query = "SELECT pid FROM pg_stat_activity WHERE datname = 'million' AND application_name = 'hello'"
+    backends = [int(pid) for pid in psql(query).split()]
+    before = cpu_seconds(workers), cpu_seconds(backends)
+    rate = service.run(Load(method, SECONDS, users=USERS)).rate
+    spent = cpu_seconds(workers) - before[0], cpu_seconds(backends) - before[1]
+    worker, database = (seconds / (rate * SECONDS) * 1e6 for seconds in spent)
+    return f"{method}: {rate:,.0f}/s; a request takes {worker:.0f} µs of a worker's CPU time and {database:.0f} µs of Postgres'"
 
 
-def backends() -> list[int]:
-    """Return Postgres' processes that serve the one service there is."""
-    found = subprocess.run(["pgrep", "-f", "postgres: postgres million "], capture_output=True, text=True, check=True)
-    return list(map(int, found.stdout.split()))
-
-
-def system_calls(pid: int, folder: Path, service: Contestant, method: str) -> str:
-    """Return a worker's system calls for each `sendto` (an answer or a statement), but those that are rare."""
-    path = folder / "strace"
-    command = ["timeout", "-s", "INT", str(SECONDS - 2), "strace", "-c", "-f", "-o", path, "-p", str(pid)]
+def system_calls(service: Contestant, worker: int, method: str, path: Path) -> str:
+    """Return a worker's system calls for each `sendto` (a response or a statement), without the rare ones."""
+    if not shutil.which("strace"):
+        return "no strace is installed"
+    command = ["timeout", "-s", "INT", str(SECONDS - 2), "strace", "-c", "-f", "-o", str(path), "-p", str(worker)]
     tracer = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    load(service, method, SECONDS, users=USERS)
+    service.run(Load(method, SECONDS, users=USERS))
     tracer.wait()
     rows = re.findall(r"^ *[\d.]+ +[\d.]+ +\d+ +(\d+)(?: +\d+)? +(\w+)$", path.read_text(), re.MULTILINE)
-    counts = {name: int(calls) for calls, name in rows}
-    share = {name: count / counts["sendto"] for name, count in counts.items() if name != "total"}
-    return ", ".join(f"{calls:.2f} `{name}`" for name, calls in share.items() if calls > 0.02)
+    counts = {name: int(calls) for calls, name in rows if name != "total"}
+    shares = {name: count / counts["sendto"] for name, count in counts.items()}
+    return ", ".join(f"{share:.2f} `{name}`" for name, share in shares.items() if share > 0.02)
+
+
+def parts_table(counts: dict[str, Counter[str]]) -> list[str]:
+    """Return the share of each part; those below 1 % in one row."""
+    shares = {m: {part: count / counts[m].total() for part, count in counts[m].items()} for m in METHODS}
+    largest = {part: max(shares[m].get(part, 0) for m in METHODS) for m in METHODS for part in shares[m]}
+    parts = sorted((part for part in largest if largest[part] >= SMALLEST_SHARE), key=lambda part: -largest[part])
+    rows = [[part, *(number(100 * shares[m].get(part, 0), "{:.0f} %") for m in METHODS)] for part in parts]
+    small = [sum(share for part, share in shares[m].items() if part not in parts) for m in METHODS]
+    rows.append(["parts below 1 %", *(number(100 * share, "{:.0f} %") for share in small)])
+    return table("part of a worker's time | GET | PUT", rows)
+
+
+def profile(folder: Path) -> list[str]:
+    """Return the report."""
+    service = hello_service()
+    counts, costs = {}, []
+    with running([service]):
+        workers = process_tree(service.processes[0].pid)[1:]
+        for method in METHODS:
+            counts[method] = sample_stacks(service, workers[0], method, folder / method)
+            calls = system_calls(service, workers[0], method, folder / "strace")
+            costs += ["", f"{request_cost(service, workers, method)}; system calls for each `sendto`: {calls}."]
+    return [f"`make bench-profile`, {machine()}", "", *parts_table(counts), *costs]
 
 
 def main() -> None:
-    """Print a table of parts and their shares, and what a request costs."""
+    """Print the report and write it to profile.md."""
     with tempfile.TemporaryDirectory() as folder, postgres():
-        create("million", USERS)
-        service = hello("hello")
-        shares, costs = {}, []
-        with running([service]):
-            workers = children(service.processes[0].pid)
-            for method in METHODS:
-                raw = Path(folder) / method
-                process = samples(workers[0], raw)
-                load(service, method, SECONDS, users=USERS)
-                process.wait()
-                stacks = [re.sub(r"\w+\.(?=\w+ \()", "", line).rsplit(" ", 1) for line in raw.read_text().splitlines()]
-                counts: Counter[str] = Counter()
-                for stack, count in stacks:
-                    counts[part_of(stack)] += int(count)
-                shares[method] = {part: counts[part] / counts.total() for part in PARTS}
-                before = cpu_seconds(workers), cpu_seconds(backends())
-                rate = load(service, method, SECONDS, users=USERS).rate
-                spent = cpu_seconds(workers) - before[0], cpu_seconds(backends()) - before[1]
-                worker, database = (seconds / (rate * SECONDS) * 1e6 for seconds in spent)
-                costs.append(
-                    f"{method}: {rate:,.0f}/s; CPU for each: {worker:.0f} µs of a worker, {database:.0f} µs of Postgres"
-                )
-                if shutil.which("strace"):
-                    costs[-1] += (
-                        f"; system calls for each `sendto`: {system_calls(workers[0], Path(folder), service, method)}"
-                    )
-    say("\n| part of a worker's time | GET | PUT |\n| --- | --- | --- |")
-    for part in PARTS:
-        say(f"| {part} | {shares['GET'][part]:.0%} | {shares['PUT'][part]:.0%} |")
-    say("\n" + "\n\n".join(costs))
+        create_database("million", USERS)
+        lines = profile(Path(folder))
+    print("\n".join(lines))
+    OUTPUT.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

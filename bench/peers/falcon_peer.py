@@ -3,8 +3,8 @@
 from typing import Any
 
 import falcon
-from pool import cursor
-from shared import BAD_DATE, BAD_USERNAME, FIND, NOT_FOUND, SAVE, greeting, is_username, parse_date
+from bench.peers.pool import cursor
+from bench.peers.shared import BAD_DATE, BAD_USERNAME, FIND, NOT_FOUND, SAVE, greeting, is_username, parse_date
 
 
 class Hello:

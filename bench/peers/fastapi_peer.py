@@ -8,9 +8,9 @@ import asyncpg
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from shared import BAD_DATE, BAD_USERNAME, NOT_FOUND, greeting, is_username, parse_date
-from shared import FIND as FIND_IN_C
-from shared import SAVE as SAVE_IN_C
+from bench.peers.shared import BAD_DATE, BAD_USERNAME, NOT_FOUND, greeting, is_username, parse_date
+from bench.peers.shared import FIND as FIND_IN_C
+from bench.peers.shared import SAVE as SAVE_IN_C
 
 FIND = FIND_IN_C.replace("%s", "$1")
 SAVE = SAVE_IN_C.replace("%s", "$1", 1).replace("%s", "$2", 1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import psycopg2
 from flask import Flask, request
-from shared import BAD_DATE, BAD_USERNAME, FIND, NOT_FOUND, SAVE, greeting, is_username, parse_date
+from bench.peers.shared import BAD_DATE, BAD_USERNAME, FIND, NOT_FOUND, SAVE, greeting, is_username, parse_date
 
 application = Flask(__name__)
 
@@ -19,7 +19,7 @@ def new_connection() -> Iterator[Any]:
 
 
 if os.environ.get("POOL"):
-    from pool import cursor
+    from bench.peers.pool import cursor
 else:
     cursor = new_connection
 

@@ -1,0 +1,1 @@
+"""Benchmarks of the service; docs/performance.md explains them."""

@@ -1,0 +1,87 @@
+"""The Postgres server that all contestants share, its databases, and the statements of pgbench."""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+
+import hello
+from tools.embedded_postgres import Postgres, binaries
+
+ROOT = Path(__file__).parents[1]
+USERS = 1_000_000
+# Everything else is Postgres' default, fsync and synchronous_commit included.
+SETTINGS = {"shared_buffers": "1GB", "max_wal_size": "8GB", "max_connections": "250"}
+
+LETTERS = str.maketrans("0123456789", "abcdefghij")  # usernames have no digits
+USERNAME = "'User' || translate(to_char({}, 'FM0000000'), '0123456789', 'abcdefghij')"
+# The factor is a prime, so that users arrive in no order, and the index is as full as it is in use.
+INSERT_USERS = (
+    f"INSERT INTO users SELECT {USERNAME.format('number::bigint * 7368787 % {users}')}, '1930-01-01'::date + number % 32000"
+    " FROM generate_series(1, {users}) AS number"
+)
+PROBE = "Userprobe"
+BARE_STATEMENTS = {
+    "GET": "SELECT date_of_birth FROM users WHERE username = '{}';\n",
+    "PUT": "INSERT INTO users (username, date_of_birth) VALUES ('{}', '1990-05-17')"
+    " ON CONFLICT (username) DO UPDATE SET date_of_birth = EXCLUDED.date_of_birth;\n",
+}
+
+
+@contextlib.contextmanager
+def postgres() -> Iterator[None]:
+    """Run Postgres with its data on a disk, and point libpq's environment at it."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="hello-bench-") as folder:
+        Path(folder).chmod(0o755)  # as root, Postgres runs as another user
+        server = Postgres(Path(folder) / "data", **SETTINGS)
+        try:
+            server.start()
+            os.environ.update(server.environment)
+            yield
+        finally:
+            server.stop()
+
+
+def psql(statement: str, database: str = "postgres") -> str:
+    """Run one statement; return its rows as text, columns separated by `|`."""
+    command = [binaries() / "psql", "-qAtX", "-v", "ON_ERROR_STOP=1", "-d", database, "-c", statement]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def create_database(database: str, users: int) -> None:
+    """Create a database with this many users, vacuumed and written to disk."""
+    began = time.monotonic()
+    psql(f"CREATE DATABASE {database}")
+    environment = os.environ | {"PGDATABASE": database}
+    subprocess.run([sys.executable, ROOT / "hello.py", "init-db"], check=True, env=environment)
+    psql(INSERT_USERS.format(users=users), database)
+    psql("VACUUM ANALYZE users", database)
+    psql("CHECKPOINT", database)
+    print(f"loaded {users:,} users in {time.monotonic() - began:.1f} s", flush=True)
+
+
+def hello_statements(database: str) -> dict[str, str]:
+    """Return by method the message that hello sends for one row, as a pgbench script with {} for the username.
+
+    Postgres itself shows the message, so that it cannot differ from hello's.
+    """
+    os.environ["PGDATABASE"] = database
+    hello.find_date_of_birth(PROBE)
+    hello.save_date_of_birth((PROBE, date(1990, 5, 17)))
+    return {"GET": last_message("SELECT username", database), "PUT": last_message("INSERT", database)}
+
+
+def last_message(part: str, database: str) -> str:
+    """Return the message with this part that hello sent for PROBE, as a pgbench script."""
+    condition = f"application_name = 'hello' AND strpos(query, '{PROBE}') > 0 AND strpos(query, '{part}') > 0"
+    query = psql(f"SELECT query FROM pg_stat_activity WHERE {condition} LIMIT 1", database)
+    message = " ".join(query.split()).rstrip("; ")
+    message = re.sub(r"to_timestamp\([\d.]+\)", "to_timestamp(4102444800.5)", message)  # it does not expire during the run
+    # pgbench sends statements that end with `\;` in one message.
+    return message.replace("{", "{{").replace("}", "}}").replace(PROBE, "{}").replace(";", " \\;") + ";\n"
