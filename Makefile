@@ -92,13 +92,13 @@ wrk:
 		echo 'make bench needs wrk: install it (Debian: apt-get install wrk; macOS: brew install wrk).' >&2; exit 1; }
 
 bench: wrk bench-environment ## Measure the service beside its limits and the usual alternatives 
-	@$(VENV)/bench/bin/python bench/run.py $(ARGS)
+	@$(VENV)/bench/bin/python -m bench.run $(ARGS)
 
 bench-growth: wrk bench-environment ## Measure the service with 10 thousand, 1 million and 10 million users
-	@$(VENV)/bench/bin/python bench/run.py --growth $(ARGS)
+	@$(VENV)/bench/bin/python -m bench.run --growth $(ARGS)
 
 bench-profile: wrk bench-environment ## Print where a worker's time goes and what a request costs
-	@$(VENV)/bench/bin/python bench/worker_profile.py $(ARGS)
+	@$(VENV)/bench/bin/python -m bench.worker_profile
 
 diagrams: docs-environment ## Draw the pictures of docs/ (needs Graphviz)
 	@$(VENV)/docs/bin/python docs/draw.py

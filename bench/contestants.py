@@ -149,15 +149,21 @@ GTHREAD = (
     "gunicorn -c python:bench.peers.plain --bind 127.0.0.1:PORT --workers 2 --worker-class gthread --threads 8"
     " --log-level warning --no-control-socket bench.peers."
 )
-GRANIAN = "granian --interface wsgi --host 127.0.0.1 --port PORT --workers 2 --blocking-threads 16 --no-ws --log-level warning"
-UVICORN = "uvicorn --host 127.0.0.1 --port PORT --workers 2 --loop uvloop --http httptools --log-level warning --no-access-log"
+GRANIAN = (
+    "granian --interface wsgi --host 127.0.0.1 --port PORT --workers 2 --blocking-threads 16 --no-ws"
+    " --log-level warning hello:application"
+)
+UVICORN = (
+    "uvicorn --host 127.0.0.1 --port PORT --workers 2 --loop uvloop --http httptools"
+    " --log-level warning --no-access-log bench.peers.fastapi_peer:application"
+)
 CONSTANT = "gunicorn bench.peers.constant:application"
 CONTESTANTS: list[Contestant] = [
     hello_service("hello", "**hello, as it ships**"),
     hello_service("hello-off", "hello, `TELEMETRY=off`", TELEMETRY="off"),
     Service("go", "Go, net/http, pgx pool", "go_peer", {"GOMAXPROCS": "2"}),
-    Service("fastapi", "FastAPI, asyncpg pool, uvicorn", f"{UVICORN} bench.peers.fastapi_peer:application"),
-    Service("granian", "hello's `application` under Granian", f"{GRANIAN} hello:application"),
+    Service("fastapi", "FastAPI, asyncpg pool, uvicorn", UVICORN),
+    Service("granian", "hello's `application` under Granian", GRANIAN),
     Service("falcon", "Falcon, psycopg2 pool, gunicorn gthread", f"{GTHREAD}falcon_peer:application"),
     Service("flask-pool", "Flask, psycopg2 pool, gunicorn gthread", f"{GTHREAD}flask_peer:application", {"POOL": "1"}),
     Service("flask", "Flask, a connection a request, gunicorn gthread", f"{GTHREAD}flask_peer:application"),
@@ -183,7 +189,9 @@ def build_go_peer() -> str:
         return "it needs Go and pgx (Debian: apt-get install golang-go golang-github-jackc-pgx-v4-dev)."
     environment = os.environ | {"GO111MODULE": "off", "GOPATH": str(GO_PATH), "GOFLAGS": ""}
     command = ["go", "build", "-o", str(BIN / "go_peer"), "."]
-    done = subprocess.run(command, cwd=ROOT / "bench/peers/go", env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT / "bench/peers/go", env=environment, capture_output=True, text=True, check=False
+    )
     return " ".join(done.stderr.split())
 
 

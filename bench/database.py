@@ -23,8 +23,8 @@ LETTERS = str.maketrans("0123456789", "abcdefghij")  # usernames have no digits
 USERNAME = "'User' || translate(to_char({}, 'FM0000000'), '0123456789', 'abcdefghij')"
 # The factor is a prime, so that users arrive in no order, and the index is as full as it is in use.
 INSERT_USERS = (
-    f"INSERT INTO users SELECT {USERNAME.format('number::bigint * 7368787 % {users}')}, '1930-01-01'::date + number % 32000"
-    " FROM generate_series(1, {users}) AS number"
+    f"INSERT INTO users SELECT {USERNAME.format('number::bigint * 7368787 % {users}')},"
+    " '1930-01-01'::date + number % 32000 FROM generate_series(1, {users}) AS number"
 )
 PROBE = "Userprobe"
 BARE_STATEMENTS = {
@@ -50,7 +50,7 @@ def postgres() -> Iterator[None]:
 
 def psql(statement: str, database: str = "postgres") -> str:
     """Run one statement; return its rows as text, columns separated by `|`."""
-    command = [binaries() / "psql", "-qAtX", "-v", "ON_ERROR_STOP=1", "-d", database, "-c", statement]
+    command: list[str | Path] = [binaries() / "psql", "-qAtX", "-v", "ON_ERROR_STOP=1", "-d", database, "-c", statement]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
@@ -59,7 +59,7 @@ def create_database(database: str, users: int) -> None:
     began = time.monotonic()
     psql(f"CREATE DATABASE {database}")
     environment = os.environ | {"PGDATABASE": database}
-    subprocess.run([sys.executable, ROOT / "hello.py", "init-db"], check=True, env=environment)
+    subprocess.run([sys.executable, str(ROOT / "hello.py"), "init-db"], check=True, env=environment)
     psql(INSERT_USERS.format(users=users), database)
     psql("VACUUM ANALYZE users", database)
     psql("CHECKPOINT", database)
@@ -82,6 +82,8 @@ def last_message(part: str, database: str) -> str:
     condition = f"application_name = 'hello' AND strpos(query, '{PROBE}') > 0 AND strpos(query, '{part}') > 0"
     query = psql(f"SELECT query FROM pg_stat_activity WHERE {condition} LIMIT 1", database)
     message = " ".join(query.split()).rstrip("; ")
-    message = re.sub(r"to_timestamp\([\d.]+\)", "to_timestamp(4102444800.5)", message)  # it does not expire during the run
+    message = re.sub(
+        r"to_timestamp\([\d.]+\)", "to_timestamp(4102444800.5)", message
+    )  # it does not expire during the run
     # pgbench sends statements that end with `\;` in one message.
     return message.replace("{", "{{").replace("}", "}}").replace(PROBE, "{}").replace(";", " \\;") + ";\n"

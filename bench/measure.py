@@ -82,7 +82,9 @@ def measure(rounds: int, seconds: int) -> Measurements:
     with running([*contestants, *workers]):
         results = run_rounds([*contestants, *workers], cases, rounds, seconds)
         memory = {contestant.name: contestant.memory() for contestant in contestants}
-        paced = {method: measure_paced(contestants[0], method, results[Case("hello", method)].rate / 2) for method in METHODS}
+        paced = {
+            method: measure_paced(contestants[0], method, results[Case("hello", method)].rate / 2) for method in METHODS
+        }
     return Measurements(contestants, results, memory, paced, start_seconds)
 
 

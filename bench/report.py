@@ -16,7 +16,18 @@ from bench.database import SETTINGS, psql
 from bench.load import CLIENTS, METHODS, Samples
 from bench.measure import CLIENT_COUNTS, USER_COUNTS, WORKER_COUNTS, Case, Growth, Measurements, worker_case
 
-PACKAGES = "gunicorn gevent httptools psycopg2-binary flask falcon fastapi asyncpg uvicorn granian".split()
+PACKAGES = [
+    "gunicorn",
+    "gevent",
+    "httptools",
+    "psycopg2-binary",
+    "flask",
+    "falcon",
+    "fastapi",
+    "asyncpg",
+    "uvicorn",
+    "granian",
+]
 GROWTH_POINTS = 5
 
 
@@ -43,7 +54,7 @@ def report(measured: Measurements) -> list[str]:
     """Return the report of `make bench`."""
     return [
         f"`make bench`, {machine()}",
-        'Medians (smallest to largest) of interleaved rounds. "hello is" divides hello\'s median by the row\'s.',
+        "Medians (smallest to largest) of interleaved rounds. \"hello is\" divides hello's median by the row's.",
         "",
         *comparison(measured),
         "",
@@ -172,7 +183,10 @@ def growth_report(growth: Growth) -> list[str]:
         "",
         *growth_table(growth),
         "",
-        *table("change, 10 thousand to 10 million users | hello | pgbench | hello's minus pgbench's", growth_changes(growth)),
+        *table(
+            "change, 10 thousand to 10 million users | hello | pgbench | hello's minus pgbench's",
+            growth_changes(growth),
+        ),
         "",
         *table(
             "users | bytes of a row in the table | in the index",

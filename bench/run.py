@@ -24,7 +24,9 @@ def parse_arguments() -> argparse.Namespace:
     names = [contestant.name for contestant in CONTESTANTS]
     parser = argparse.ArgumentParser(prog="make bench ARGS=...", description="Measure hello beside its alternatives.")
     parser.add_argument("--only", default="", help=f"compare only these, and write no files: {','.join(names)}")
-    parser.add_argument("--growth", action="store_true", help="measure with 10 thousand, 1 million and 10 million users")
+    parser.add_argument(
+        "--growth", action="store_true", help="measure with 10 thousand, 1 million and 10 million users"
+    )
     parser.add_argument("--rounds", type=int, help="default 5, with --growth 8")
     parser.add_argument("--seconds", type=int, default=2, help="of each load in a round (default 2)")
     arguments = parser.parse_args()

@@ -75,7 +75,7 @@ def request_cost(service: Contestant, workers: Sequence[int], method: str) -> st
     rate = service.run(Load(method, SECONDS, users=USERS)).rate
     spent = cpu_seconds(workers) - before[0], cpu_seconds(backends) - before[1]
     worker, database = (seconds / (rate * SECONDS) * 1e6 for seconds in spent)
-    return f"{method}: {rate:,.0f}/s; a request takes {worker:.0f} µs of a worker's CPU time and {database:.0f} µs of Postgres'"
+    return f"{method}: {rate:,.0f}/s; CPU time of a request: {worker:.0f} µs in a worker, {database:.0f} µs in Postgres"
 
 
 def system_calls(service: Contestant, worker: int, method: str, path: Path) -> str:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import falcon
+
 from bench.peers.pool import cursor
 from bench.peers.shared import BAD_DATE, BAD_USERNAME, FIND, NOT_FOUND, SAVE, greeting, is_username, parse_date
 

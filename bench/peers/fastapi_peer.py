@@ -7,7 +7,8 @@ from contextlib import asynccontextmanager
 import asyncpg
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
+
 from bench.peers.shared import BAD_DATE, BAD_USERNAME, NOT_FOUND, greeting, is_username, parse_date
 from bench.peers.shared import FIND as FIND_IN_C
 from bench.peers.shared import SAVE as SAVE_IN_C
@@ -27,7 +28,7 @@ application = FastAPI(lifespan=lifespan)
 
 
 class Person(BaseModel):
-    dateOfBirth: str
+    date_of_birth: str = Field(alias="dateOfBirth")
 
 
 @application.get("/hello/{username}")
@@ -42,7 +43,7 @@ async def get_hello(username: str) -> Response:
 async def put_hello(username: str, person: Person) -> Response:
     if not is_username(username):
         return JSONResponse(BAD_USERNAME, 400)
-    born = parse_date(person.dateOfBirth)
+    born = parse_date(person.date_of_birth)
     if born is None:
         return JSONResponse(BAD_DATE, 400)
     await application.state.pool.execute(SAVE, username, born)

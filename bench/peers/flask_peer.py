@@ -7,6 +7,7 @@ from typing import Any
 
 import psycopg2
 from flask import Flask, request
+
 from bench.peers.shared import BAD_DATE, BAD_USERNAME, FIND, NOT_FOUND, SAVE, greeting, is_username, parse_date
 
 application = Flask(__name__)
