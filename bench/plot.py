@@ -52,6 +52,8 @@ def draw_contestants(axes: Any, measured: Measurements) -> None:
             )
             axes.text(samples.rate + high, position + offset, f" {samples.rate:,.0f}", va="center", fontsize=8)
     axes.set_yticks(range(len(contestants)), [re.sub("[*`]", "", contestant.label) for contestant in contestants])
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.margins(x=0.08)
     axes.set_title(f"Requests a second, {CLIENTS} clients: median, smallest, largest", loc="left")
 
 
@@ -60,8 +62,9 @@ def draw_clients(axes: Any, measured: Measurements) -> None:
     for method in METHODS:
         rates = [measured.rate("hello", method, clients) for clients in CLIENT_COUNTS]
         axes.plot(CLIENT_COUNTS, rates, "o-", color=COLOURS[method])
-    axes.set(xscale="log", xlabel="clients")
+    axes.set_xscale("log")
     axes.set_ylim(0, None)
     axes.set_xticks(CLIENT_COUNTS, [f"{count:,}" for count in CLIENT_COUNTS])
     axes.minorticks_off()
-    axes.set_title("hello: requests a second by clients", loc="left")
+    axes.set_title("hello, by number of clients", loc="left")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
