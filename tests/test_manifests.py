@@ -101,13 +101,11 @@ def validate_custom(item: Object) -> None:
     jsonschema.Draft202012Validator(DEFINITIONS[item["apiVersion"], item["kind"]]).validate(item)
 
 
-CUSTOM = [item for item in EVERYTHING if is_custom(item)]
+CUSTOM = [item for item in EVERYTHING if is_custom(item) and item["kind"] != "ObjectStore"]
 
 
 @pytest.mark.parametrize("item", CUSTOM, ids=title)
 def test_custom_object_fits_its_definition(item: Object) -> None:
-    if item["kind"] == "ObjectStore":
-        pytest.skip("the definition of ObjectStore is not in the repository")
     validate_custom(item)
 
 
@@ -116,6 +114,13 @@ def test_misspelled_custom_field_is_found() -> None:
     broken = cluster | {"spec": cluster["spec"] | {"instance": 3}}
     with pytest.raises(jsonschema.ValidationError, match="'instance' was unexpected"):
         validate_custom(broken)
+
+
+def test_object_store_is_configured_as_the_built_in_one() -> None:
+    """Check against barmanObjectStore of Cluster: the plugin took over its format, and ObjectStore has no schema here."""
+    cluster = DEFINITIONS["postgresql.cnpg.io/v1", "Cluster"]["properties"]["spec"]["properties"]
+    schema = cluster["backup"]["properties"]["barmanObjectStore"]
+    jsonschema.Draft202012Validator(schema).validate(get("ObjectStore/hello-ha")["spec"]["configuration"])
 
 
 def test_plain_folder_needs_no_custom_resource_definition() -> None:
