@@ -1,93 +1,220 @@
-"""What the documents say against what is there: settings, commands, links, pictures, sums; and CI's own commands."""
+"""What README.md and docs/ say, compared with what is there: commands and their output, settings, links, costs."""
 
 import hashlib
+import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import yaml
 
-from tools.mutations import SABOTAGES, Sabotage
+import hello
+from server import settings
+from tests.support.network import free_port
+from tests.support.wait import wait_until
 
 ROOT = Path(__file__).parents[1]
-CODE = ["hello.py", "server/worker.py", "gunicorn.conf.py", "server/telemetry.py"]
-DOCUMENTS = sorted(
-    path
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("*/*/*.md")]
-    if not path.relative_to(ROOT).parts[0].startswith(".")
-)
+PAGES = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*PAGES, ROOT / "CHANGELOG.md", *(ROOT / f for f in ("bench/README.md", "monitoring/runbook.md", "k8s/ha/README.md"))]
+
+# Commands that are not run here: how each begins, and why.
+NOT_RUN = {
+    "make run": "the fixture `service` runs it",
+    "make test": "this test is part of it",
+    "make format": "it changes files",
+    "make mutations": "it takes minutes",
+    "make bench": "it takes minutes",
+    "make compose-": "needs an engine: tests/test_compose.py",
+    "docker ": "needs an engine, images or a registry",
+    "export COMPOSE_FILE": "tests/test_compose.py and tests/test_proxy.py use the file",
+    "make build": "needs an engine: tests/test_compose.py",
+    "make k8s-": "needs a cluster: make k8s-smoke in .github/workflows",
+    "kubectl ": "needs a cluster",
+    "sed -i 's|image": "changes a manifest for a registry",
+    "ls k8s/": "needs a cluster",
+}
+
+# What is different each time.
+MASKS = {
+    r"\b[0-9a-f]{32}\b": "ID",
+    r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT": "DATE",
+    r"in \d+ day": "in N day",
+    r"\b\d+\.\d+\.\d+\b": "VERSION",
+    r"(?m)(?<= )\d+\.0$": "COUNT",
+}
 
 
-def settings_of_the_code() -> dict[str, str]:
-    """Return each setting that the code reads, with its default as it is written there."""
-    found = {}
-    for name in CODE:
-        text = (ROOT / name).read_text()
-        found |= dict(re.findall(r"""os\.environ\.get\(["']([A-Z_]+)["']\) or \(?["']?([\w.]*)""", text))
-        found |= dict(re.findall(r'\b(?:setting|seconds)\("([A-Z_]+)", ([\w.]+)', text))
-        found |= dict.fromkeys(set(re.findall(r'os\.environ\.get\("([A-Z_]+)"\) [!=]=', text)), "on")
-    return {name: plain(default) for name, default in found.items() if not name.startswith("PG")}
+class Command(NamedTuple):
+    """A command of a page, and the output that the page shows after it."""
+
+    page: Path
+    text: str
+    output: str
 
 
-def plain(default: str) -> str:
-    """Return a default so that 1 and 1.0 are the same."""
-    return default.removesuffix(".0") if default.count(".") == 1 else default
+def commands() -> Iterator[Command]:
+    """Return every command in the fenced blocks: lines after `$` in `console` blocks, each line of `sh` blocks."""
+    for page in PAGES:
+        for language, block in re.findall(r"^```(console|sh)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
+            prompt = r"^\$ " if language == "console" else r"^(?! )"
+            for part in re.split(prompt, re.sub(r"\\\n +", "", block), flags=re.MULTILINE):
+                text, _, output = part.partition("\n")
+                if text:
+                    yield Command(page, text, output)
 
 
-def settings_of_the_docstrings() -> set[str]:
-    """Return the names in the lists of settings at the head of the modules."""
-    heads = [(ROOT / name).read_text().split('"""')[1] for name in CODE]
-    listed = [head.partition("Settings (environment variables)\n")[2] for head in heads]
-    return {name for part in listed for name in re.findall(r"^    ([A-Z_]{2,}) ", part, re.MULTILINE)}
+def reason_not_to_run(command: Command) -> str | None:
+    return next((reason for start, reason in NOT_RUN.items() if command.text.startswith(start)), None)
 
 
-def settings_of_the_example() -> dict[str, str]:
+def mask(text: str) -> str:
+    for pattern, replacement in MASKS.items():
+        text = re.sub(pattern, replacement, text)
+    return text.strip()
+
+
+def assert_output(command: Command, output: str) -> None:
+    """Compare an output with the page's, where a line `...` stands for any lines."""
+    shown = [r"(?:.*\n)*?" if line == "..." else re.escape(line + "\n") for line in mask(command.output).splitlines()]
+    assert re.fullmatch("".join(shown), mask(output) + "\n"), f"{command.page.name}: {command.text}\n{output}"
+
+
+class Documented:
+    """A service started by `make run`, as README.md says.
+
+    Attributes:
+        environment: with the service's ports, which stand where a page has 8080 and 8081.
+        lines: what it has printed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.port, self.metrics_port = str(free_port()), str(free_port())
+        self.environment = os.environ | {"PORT": self.port, "METRICS_PORT": self.metrics_port}
+        # The marker is what `make` would install first.
+        words = ["make", "run", f"VENV={sys.prefix}", f"--old-file={sys.prefix}/run", f"DATA={folder}/data"]
+        self.process = subprocess.Popen(
+            words, cwd=ROOT, env=self.environment, text=True, stdout=subprocess.PIPE, start_new_session=True
+        )
+        self.lines: list[str] = []
+        threading.Thread(target=self.read, daemon=True).start()
+        wait_until(lambda: any("/hello/Zoe" in line and "PUT" not in line for line in self.lines), 60)
+
+    def read(self) -> None:
+        assert self.process.stdout
+        self.lines.extend(self.with_shown_ports(line) for line in self.process.stdout)
+
+    def with_own_ports(self, text: str) -> str:
+        return text.replace("8080", self.port).replace("8081", self.metrics_port)
+
+    def with_shown_ports(self, text: str) -> str:
+        return text.replace(self.port, "8080").replace(self.metrics_port, "8081")
+
+    def stop(self) -> None:
+        os.killpg(self.process.pid, signal.SIGINT)
+        self.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Documented]:
+    """Start the service with a Postgres of its own."""
+    documented = Documented(tmp_path_factory.mktemp("docs"))
+    yield documented
+    documented.stop()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """Return a folder in which a command finds the files of the repository and may write its own."""
+    for name in ("docs", "bench", "hello.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+def test_make_run_prints_what_the_readme_shows(service: Documented) -> None:
+    shown = next(command for command in commands() if command.text == "make run")
+    printed = [line for line in service.lines if not line.startswith(("{", "20"))]
+    assert_output(shown, "".join(printed))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(c.page == page for c in commands())], ids=lambda p: p.name)
+def test_commands_of_a_page_print_what_it_shows(page: Path, service: Documented, checkout: Path) -> None:
+    for command in commands():
+        if command.page != page or reason_not_to_run(command):
+            continue
+        done = subprocess.run(
+            ["bash", "-c", service.with_own_ports(command.text)],
+            check=False, capture_output=True, text=True, cwd=checkout, env=service.environment,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{command.text}\n{done.stderr}"
+        assert_output(command, service.with_shown_ports(done.stdout))
+
+
+@pytest.mark.parametrize("start", NOT_RUN)
+def test_command_that_is_not_run_is_on_a_page(start: str) -> None:
+    assert any(command.text.startswith(start) for command in commands())
+
+
+def test_log_line_has_the_fields_that_the_page_shows(service: Documented) -> None:
+    page = (ROOT / "docs" / "observability.md").read_text()
+    shown = json.loads(page.partition("```json\n")[2].partition("\n```")[0])
+    subprocess.run(["curl", "-s", f"http://127.0.0.1:{service.port}/hello/Zoe"], check=True, capture_output=True)
+    wait_until(lambda: any('"message": "request"' in line for line in service.lines))
+    line = next(line for line in service.lines if '"message": "request"' in line)
+    assert list(json.loads(line)) == list(shown)
+
+
+def declared_settings() -> dict[str, tuple[str, str]]:
+    """Return the default and the least value of each setting of the code."""
+    declared = {**hello.SETTINGS, **settings.SETTINGS}
+    return {name: (text_of(s.default), text_of(s.minimum)) for name, s in declared.items() if not name.startswith("PG")}
+
+
+def text_of(value: float | str | None) -> str:
+    return "" if value is None else value if isinstance(value, str) else f"{value:g}"
+
+
+def rows(page: Path, heading: str) -> Iterator[list[str]]:
+    """Return the cells of the table under a heading, without backquotes."""
+    section = page.read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    for line in re.findall(r"^\| `.*$", section, re.MULTILINE):
+        yield [cell.strip().replace("`", "") for cell in line.strip("|").split(" | ")]
+
+
+def test_settings_of_the_code_are_those_of_configuration_md() -> None:
+    table = {name: (default, least) for name, default, _, least, _ in rows(ROOT / "docs/configuration.md", "Settings")}
+    assert table == declared_settings()
+
+
+def test_settings_of_the_code_are_those_of_env_example() -> None:
     lines = (ROOT / ".env.example").read_text().splitlines()
     pairs = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
-    return {name: plain(value) for name, value in pairs.items() if not name.startswith("PG")}
+    example = {name: value for name, value in pairs.items() if not name.startswith("PG")}
+    assert example == {name: default for name, (default, _) in declared_settings().items()}
 
 
-def settings_of_the_readme() -> dict[str, str]:
-    """Return the first two columns of the README's table of settings; a row may hold several of each."""
-    table = (ROOT / "README.md").read_text().partition("\n## Settings\n")[2].partition("\n## ")[0]
-    found = {}
-    for row in re.findall(r"^\| (`.*)$", table, re.MULTILINE):
-        names, defaults = (re.findall(r"`([^`]+)`", cell) for cell in row.split(" | ")[:2])
-        found |= dict(zip(names, defaults * len(names) if len(defaults) == 1 else defaults, strict=False))
-    return {name: plain(default) for name, default in found.items() if not name.startswith("PG")}
+def test_settings_of_the_readme_have_the_defaults_of_the_code() -> None:
+    table = {row[0]: row[1] for row in rows(ROOT / "README.md", "Set it") if not row[0].startswith("PG")}
+    assert table.items() <= {name: default for name, (default, _) in declared_settings().items()}.items()
 
 
-def test_settings_of_the_code_are_all_in_its_docstrings_and_the_reverse() -> None:
-    assert set(settings_of_the_code()) == settings_of_the_docstrings()
-
-
-def test_settings_of_the_code_are_all_in_env_example_and_the_reverse() -> None:
-    code, example = settings_of_the_code(), settings_of_the_example()
-    assert set(example) == set(code)
-    # Both mean that the kind of the terminal decides.
-    assert example | {"LOG_FORMAT": code["LOG_FORMAT"]} == code
-
-
-def test_settings_of_the_code_are_all_in_the_readme_and_the_reverse() -> None:
-    code, readme = settings_of_the_code(), settings_of_the_readme()
-    assert set(readme) == set(code)
-    assert readme == code | {"LOG_FORMAT": "text"}
-
-
-def code_of(document: Path) -> str:
-    """Return what a document shows as code: its blocks and what is between backquotes."""
-    text = document.read_text()
-    return "\n".join(re.findall(r"```.*?```|`[^`]+`", text, re.DOTALL))
+def test_readme_is_short() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    assert [line for line in lines if len(line) > 120 and "://" not in line] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_make_targets_of_a_document_exist(document: Path) -> None:
     targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"\bmake ([a-z0-9]+(?:-[a-z0-9]+)*)", code_of(document)))
-    assert named <= targets
+    code = "\n".join(re.findall(r"```.*?```|`[^`]+`", document.read_text(), re.DOTALL))
+    assert set(re.findall(r"\bmake ([a-z0-9]+(?:-[a-z0-9]+)*)", code)) <= targets
 
 
 def links() -> Iterator[tuple[Path, str]]:
@@ -112,12 +239,14 @@ def test_link_of_a_document_leads_somewhere(document: Path, link: str) -> None:
         assert fragment in {heading_id(heading) for heading in headings}
 
 
-@pytest.mark.parametrize(("picture", "source"), [("architecture.svg", "architecture.dot"), ("aws.svg", "draw.py")])
-def test_picture_is_made_from_the_source_that_lies_beside_it(picture: str, source: str) -> None:
-    digest = hashlib.sha256((ROOT / "docs" / source).read_bytes()).hexdigest()
-    text = (ROOT / "docs" / picture).read_text()
-    assert f"<!-- {source} sha256:{digest} -->" in text, "run `make diagrams`"
-    assert 'href="/' not in text
+def test_versions_of_the_pages_are_that_of_the_code() -> None:
+    named = {version for page in PAGES for version in re.findall(r"hello:(\d+\.\d+\.\d+)", page.read_text())}
+    assert named == {hello.__version__}
+
+
+def test_picture_of_aws_is_drawn_from_its_source() -> None:
+    digest = hashlib.sha256((ROOT / "docs" / "draw.py").read_bytes()).hexdigest()
+    assert digest.encode() in (ROOT / "docs" / "aws.png").read_bytes(), "run `make diagrams`"
 
 
 def test_costs_on_aws_are_those_of_the_program() -> None:
@@ -136,21 +265,6 @@ def test_command_of_ci_is_a_make_target_or_installs_a_package(command: str) -> N
     assert (words[0] == "make" and words[1] in targets) or words[:2] == ["sudo", "apt-get"]
 
 
-@pytest.mark.parametrize("action", sorted({step["uses"] for step in STEPS if "uses" in step}))
-def test_action_of_ci_is_pinned_to_a_commit(action: str) -> None:
-    assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", action)
-
-
 def test_ci_tests_every_python_that_the_makefile_looks_for() -> None:
     named = set(re.findall(r"python(3\.\d+)", (ROOT / "tools/environment.sh").read_text()))
     assert set(WORKFLOW["jobs"]["test"]["strategy"]["matrix"]["python"]) == named
-
-
-def test_ci_may_read_and_nothing_else() -> None:
-    assert WORKFLOW["permissions"] == {"contents": "read"}
-    assert all("permissions" not in job and job["timeout-minutes"] <= 20 for job in WORKFLOW["jobs"].values())
-
-
-@pytest.mark.parametrize("sabotage", SABOTAGES, ids=lambda sabotage: f"{sabotage.test}: {sabotage.new.strip()[:40]}")
-def test_place_of_a_sabotage_is_still_there_and_one(sabotage: Sabotage) -> None:
-    assert (ROOT / sabotage.file).read_text().count(sabotage.old) == 1
