@@ -1,115 +1,130 @@
-"""Draw the pictures of docs/: `make diagrams`. Each is one SVG file that needs nothing beside it.
+"""Draw docs/aws.png, the picture of docs/aws.md: `make diagrams`. It needs Graphviz.
 
-architecture.dot is in Graphviz' own language; the picture of AWS is below, with the icons of PyPI's `diagrams`.
+Everything has a fixed place, in units of 100 pixels from the lower left corner: so a line crosses no text.
 """
 
-import base64
 import hashlib
-import re
 import shutil
-import subprocess
+import struct
 import sys
 import tempfile
+import zlib
+from itertools import pairwise
 from pathlib import Path
 
 if not shutil.which("dot"):
     sys.exit("Graphviz is not installed: install it (on Debian: apt-get install graphviz fonts-liberation)")
 
-from diagrams import Cluster, Diagram, Edge
+from diagrams import Diagram, Edge, Node
 from diagrams.aws.compute import ECR
 from diagrams.aws.database import RDSPostgresqlInstance
 from diagrams.aws.general import Users
 from diagrams.aws.management import Cloudwatch
 from diagrams.aws.network import ALB, Route53
-from diagrams.aws.security import WAF, CertificateManager, SecretsManager
+from diagrams.aws.security import WAF, SecretsManager
 from diagrams.aws.storage import S3, Backup
-from diagrams.k8s.clusterconfig import HPA
 from diagrams.k8s.compute import Pod
 from diagrams.onprem.monitoring import Grafana, Prometheus
 
 FOLDER = Path(__file__).parent
-FONT = {"fontname": "Arial", "fontsize": "18", "fontcolor": "#1f2328"}
-# A white card of its own, so that it is as legible on GitHub's dark page as on its light one.
-GRAPH = {**FONT, "bgcolor": "white", "pad": "0.4", "nodesep": "0.35", "ranksep": "0.8", "splines": "spline"}
-BOX = {**FONT, "fontsize": "19", "bgcolor": "#f6f8fa", "pencolor": "#8c959f"}
-ZONE = {**BOX, "bgcolor": "#ffffff", "style": "dashed,rounded"}
+FONT = {"fontname": "Liberation Sans", "fontsize": "22", "fontcolor": "#1f2328"}
+GRAPH = {
+    "layout": "neato",
+    "splines": "false",
+    "bgcolor": "white",
+    "pad": "0.1",
+    "dpi": "100",
+    "outputorder": "nodesfirst",
+}
 
 
 def main() -> None:
-    """Make each picture anew."""
-    write("architecture", svg_of(FOLDER / "architecture.dot"), FOLDER / "architecture.dot")
+    """Draw the picture, and put the digest of this file into it, by which a test knows a stale one."""
     with tempfile.TemporaryDirectory() as folder:
         draw_aws(f"{folder}/aws")
-        write("aws", (Path(folder) / "aws.svg").read_text(), Path(__file__))
+        picture = (Path(folder) / "aws.png").read_bytes()
+    text = b"tEXtSource\0" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest().encode()
+    chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+    end = picture.rindex(b"IEND") - 4
+    (FOLDER / "aws.png").write_bytes(picture[:end] + chunk + picture[end:])
 
 
-def svg_of(file: Path) -> str:
-    """Return what Graphviz draws of a file."""
-    return subprocess.run(["dot", "-Tsvg", file], check=True, capture_output=True, text=True).stdout
+def box(label: str, left: float, bottom: float, right: float, top: float, **attributes: str) -> None:
+    """Draw a rectangle with a label at its top, inside."""
+    style = {"shape": "box", "style": "filled,rounded", "fillcolor": "#f6f8fa", "color": "#8c959f"}
+    place = {
+        "pos": f"{(left + right) / 2},{(bottom + top) / 2}!",
+        "width": str(right - left),
+        "height": str(top - bottom),
+    }
+    Node("", **style | place | attributes)
+    text(label, (left + right) / 2, top - 0.1 - 0.17 * (label.count("\n") + 1))
 
 
-def write(name: str, svg: str, source: Path) -> None:
-    """Save a picture with its icons inside, and with the digest of its source, by which a test knows a stale one."""
-    for icon in set(re.findall(r'xlink:href="(/[^"]+\.png)"', svg)):
-        data = base64.b64encode(Path(icon).read_bytes()).decode()
-        svg = svg.replace(f'"{icon}"', f'"data:image/png;base64,{data}"')
-    svg = re.sub(r"<(title|!--).*?[0-9a-f]{32}.*?>\n", "", svg)  # names that are others each time
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    (FOLDER / f"{name}.svg").write_text(f"{svg.rstrip()}\n<!-- {source.name} sha256:{digest} -->\n")
+def icon(kind: type[Node], label: str, x: float, y: float) -> None:
+    """Draw an icon with its label below."""
+    size = {"width": "0.9", "height": "0.9", "fixedsize": "true", "imagescale": "true", "fontsize": "1"}
+    kind("", pos=f"{x},{y}!", **size)
+    text(label, x, y - 0.5 - 0.17 * (label.count("\n") + 1))
 
 
-def line(label: str = "", **attributes: str | bool) -> Edge:
-    """Return an edge; `diagrams` gives each a font of its own."""
-    return Edge(label=label, **FONT | {"fontsize": "16"}, **attributes)
+def text(label: str, x: float, y: float) -> None:
+    """Write a text around a point."""
+    Node(label, shape="plaintext", pos=f"{x},{y}!", width="0", height="0", margin="0", labelloc="c", **FONT)
+
+
+def arrow(*points: tuple[float, float], **attributes: str) -> None:
+    """Draw a line through points, with an arrow at its end."""
+    corners = [Node("", shape="point", style="invis", width="0.01", height="0.01", pos=f"{x},{y}!") for x, y in points]
+    for start, end in pairwise(corners):
+        head = "normal" if end is corners[-1] else "none"
+        start >> Edge(**{"arrowhead": head, "color": "#57606a", "penwidth": "2"} | attributes) >> end
 
 
 def draw_aws(filename: str) -> None:
     """Draw hello on AWS: what docs/aws.md describes."""
-    options = {"show": False, "outformat": "svg", "direction": "LR", "filename": filename}
-    with Diagram("", graph_attr=GRAPH, node_attr={**FONT, "imagepos": "tc"}, **options):
-        users = Users("clients")
-        dns = Route53("Route 53")
-        with Cluster("one AWS region", graph_attr=BOX):
-            with Cluster("public subnets, three zones", graph_attr=ZONE):
-                certificate = CertificateManager("certificate")
-                waf = WAF("WAF\nrate limits")
-                balancer = ALB("load balancer\nends TLS")
-            with Cluster("EKS, private subnets, three zones", graph_attr=BOX):
-                scaler = HPA("3 to 10 pods,\nKarpenter: nodes")
-                pods = []
-                for zone in "bac":  # Graphviz puts the second one first
-                    with Cluster(f"zone {zone}", graph_attr=ZONE):
-                        pods.append(Pod("API pods"))
-                prometheus = Prometheus("Prometheus")
-                grafana = Grafana("Grafana")
-            with Cluster("services of the region", graph_attr=BOX):
-                secrets = SecretsManager("Secrets Manager\npassword")
-                registry = ECR("ECR\nimage by digest")
-                watch = Cloudwatch("CloudWatch\nlogs, alarms")
-            with Cluster("RDS for PostgreSQL 18, Multi-AZ, private subnets", graph_attr=BOX):
-                with Cluster("zone a ", graph_attr=ZONE):
-                    primary = RDSPostgresqlInstance("primary")
-                with Cluster("zone b ", graph_attr=ZONE):
-                    standby = RDSPostgresqlInstance("standby")
-            wal = S3("any second, to\n5 minutes ago")
-            backup = Backup("AWS Backup\nevery day")
-        copy = S3("copy in\nanother region")
+    zone = {"fillcolor": "#ffffff", "style": "filled,rounded,dashed"}
+    with Diagram("", graph_attr=GRAPH, show=False, outformat="png", filename=filename):
+        box("", 0.1, 0, 17.3, 9.6, style="invis")
+        box("one AWS region", 2.2, 0, 15.3, 9.6, fillcolor="#ffffff")
+        box("public subnets", 2.5, 3, 4.9, 8.9)
+        box("EKS, private subnets\n3 to 10 pods", 5.7, 3, 8.9, 8.9)
+        box("RDS for PostgreSQL\nMulti-AZ", 9.8, 3, 12.8, 8.9)
+        box("for all zones", 2.5, 0.2, 12.8, 2.3)
 
-        users >> line("name", style="dashed") >> dns
-        users >> line("HTTPS") >> waf >> balancer
-        dns >> line(style="dashed") >> balancer
-        certificate >> line(style="dashed") >> balancer
-        for pod in pods:
-            balancer >> line("8080" if pod is pods[1] else "") >> pod
-            pod >> line("TLS" if pod is pods[0] else "") >> primary
-        balancer >> line(style="invis") >> scaler >> line(style="dashed", constraint="false") >> pods[0]
-        for source in (registry, secrets):
-            source >> line(style="dashed") >> pods[2]
-        watch - line("logs", style="dashed", reverse=True) - pods[2]
-        pods[2] >> line("8081", style="dashed") >> prometheus >> line(style="dashed") >> grafana
-        primary >> line("synchronous") >> standby
-        standby >> wal
-        standby >> backup >> copy
+        icon(Users, "clients", 1, 7.4)
+        icon(Route53, "Route 53", 1, 4.9)
+        icon(WAF, "firewall (WAF)", 3.7, 7.4)
+        icon(ALB, "load balancer\nends TLS", 3.7, 4.9)
+        for name, y in (("zone a", 7.2), ("zone b", 5.55), ("zone c", 3.9)):
+            box("", 5.9, y - 0.72, 8.7, y + 0.72, **zone)
+            text(name, 6.5, y)
+            icon(Pod, "API pods", 7.8, y + 0.2)
+        for name, label, y in (("zone a", "primary", 7.2), ("zone b", "standby", 4.6)):
+            box("", 10, y - 0.72, 12.6, y + 0.72, **zone)
+            text(name, 10.6, y)
+            icon(RDSPostgresqlInstance, label, 11.8, y + 0.2)
+        icon(S3, "log archive\n35 days", 14.2, 7.4)
+        icon(Backup, "AWS Backup\nevery day", 14.2, 4.9)
+        icon(S3, "copy in\nanother\nregion", 16.4, 4.9)
+        shared = ((Prometheus, "Prometheus"), (Grafana, "Grafana"), (SecretsManager, "Secrets"), (ECR, "ECR"))
+        for number, (kind, label) in enumerate((*shared, (Cloudwatch, "CloudWatch"))):
+            icon(kind, label, 3.6 + 2 * number, 1.15)
+
+        dashed = {"style": "dashed"}
+        arrow((1.6, 7.4), (3.1, 7.4))
+        arrow((3.7, 6.45), (3.7, 5.5))
+        arrow((1, 6.45), (1, 5.5), **dashed)
+        arrow((1.6, 4.9), (3.1, 4.9), **dashed)
+        for y in (7.2, 5.55, 3.9):
+            arrow((4.3, 4.9), (5.9, y))
+        arrow((8.9, 7.2), (10, 7.2))
+        arrow((10.6, 6.48), (10.6, 5.32))
+        text("synchronous", 11.6, 5.9)
+        arrow((12.6, 7.4), (13.6, 7.4))
+        arrow((12.6, 6.8), (13.1, 6.8), (13.1, 4.9), (13.6, 4.9))
+        arrow((14.8, 4.9), (15.8, 4.9))
+        arrow((7.3, 3), (7.3, 2.3), **dashed)
 
 
 if __name__ == "__main__":

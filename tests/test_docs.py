@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -22,11 +21,15 @@ from tests.support.wait import wait_until
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-DOCUMENTS = [*PAGES, ROOT / "CHANGELOG.md", *(ROOT / f for f in ("bench/README.md", "monitoring/runbook.md", "k8s/ha/README.md"))]
+DOCUMENTS = [
+    *PAGES,
+    ROOT / "CHANGELOG.md",
+    *(ROOT / f for f in ("bench/README.md", "monitoring/runbook.md", "k8s/ha/README.md")),
+]
 
 # Commands that are not run here: how each begins, and why.
 NOT_RUN = {
-    "make run": "the fixture `service` runs it",
+    "make run": "the fixture `service` runs its command, tests/test_make_run.py runs it",
     "make test": "this test is part of it",
     "make format": "it changes files",
     "make mutations": "it takes minutes",
@@ -87,21 +90,16 @@ def assert_output(command: Command, output: str) -> None:
 
 
 class Documented:
-    """A service started by `make run`, as README.md says.
-
-    Attributes:
-        environment: with the service's ports, which stand where a page has 8080 and 8081.
-        lines: what it has printed.
-    """
+    """A service started as `make run` starts it, with its output in `lines` and its ports for those of the pages."""
 
     def __init__(self, folder: Path) -> None:
         self.port, self.metrics_port = str(free_port()), str(free_port())
         self.environment = os.environ | {"PORT": self.port, "METRICS_PORT": self.metrics_port}
-        # The marker is what `make` would install first.
-        words = ["make", "run", f"VENV={sys.prefix}", f"--old-file={sys.prefix}/run", f"DATA={folder}/data"]
+        gunicorn = [f"{sys.prefix}/bin/gunicorn", "hello:application"]
         self.process = subprocess.Popen(
-            words, cwd=ROOT, env=self.environment, text=True, stdout=subprocess.PIPE, start_new_session=True
-        )
+            [sys.executable, "-m", "tools.embedded_postgres", folder / "data", *gunicorn],
+            cwd=ROOT, env=self.environment, text=True, stdout=subprocess.PIPE,
+        )  # fmt: skip
         self.lines: list[str] = []
         threading.Thread(target=self.read, daemon=True).start()
         wait_until(lambda: any("/hello/Zoe" in line and "PUT" not in line for line in self.lines), 60)
@@ -117,7 +115,7 @@ class Documented:
         return text.replace(self.port, "8080").replace(self.metrics_port, "8081")
 
     def stop(self) -> None:
-        os.killpg(self.process.pid, signal.SIGINT)
+        self.process.terminate()
         self.process.wait(30)
 
 
@@ -143,7 +141,9 @@ def test_make_run_prints_what_the_readme_shows(service: Documented) -> None:
     assert_output(shown, "".join(printed))
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if any(c.page == page for c in commands())], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(c.page == page for c in commands())], ids=lambda p: p.name
+)
 def test_commands_of_a_page_print_what_it_shows(page: Path, service: Documented, checkout: Path) -> None:
     for command in commands():
         if command.page != page or reason_not_to_run(command):
@@ -170,14 +170,18 @@ def test_log_line_has_the_fields_that_the_page_shows(service: Documented) -> Non
     assert list(json.loads(line)) == list(shown)
 
 
-def declared_settings() -> dict[str, tuple[str, str]]:
-    """Return the default and the least value of each setting of the code."""
+def declared_settings() -> dict[str, list[str]]:
+    """Return the default, the unit of time and the least value of each setting of the code."""
     declared = {**hello.SETTINGS, **settings.SETTINGS}
-    return {name: (text_of(s.default), text_of(s.minimum)) for name, s in declared.items() if not name.startswith("PG")}
-
-
-def text_of(value: float | str | None) -> str:
-    return "" if value is None else value if isinstance(value, str) else f"{value:g}"
+    return {
+        name: [
+            default := f"{s.default}".removesuffix(".0"),
+            "s" if s.unit in {"s", "seconds"} else "",
+            f"{s.minimum:g}" if re.fullmatch(r"[\d.]*\d", default) and default.count(".") < 2 else "",
+        ]
+        for name, s in declared.items()
+        if not name.startswith("PG")
+    }
 
 
 def rows(page: Path, heading: str) -> Iterator[list[str]]:
@@ -188,20 +192,25 @@ def rows(page: Path, heading: str) -> Iterator[list[str]]:
 
 
 def test_settings_of_the_code_are_those_of_configuration_md() -> None:
-    table = {name: (default, least) for name, default, _, least, _ in rows(ROOT / "docs/configuration.md", "Settings")}
+    table = {name: row for name, *row, _ in rows(ROOT / "docs/configuration.md", "Settings")}
     assert table == declared_settings()
+
+
+def test_settings_that_hello_and_the_server_have_are_the_same() -> None:
+    for name in hello.SETTINGS.keys() & settings.SETTINGS.keys():
+        assert str(hello.SETTINGS[name].default) == str(settings.SETTINGS[name].default)
 
 
 def test_settings_of_the_code_are_those_of_env_example() -> None:
     lines = (ROOT / ".env.example").read_text().splitlines()
     pairs = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
     example = {name: value for name, value in pairs.items() if not name.startswith("PG")}
-    assert example == {name: default for name, (default, _) in declared_settings().items()}
+    assert example == {name: default for name, (default, *_) in declared_settings().items()}
 
 
 def test_settings_of_the_readme_have_the_defaults_of_the_code() -> None:
     table = {row[0]: row[1] for row in rows(ROOT / "README.md", "Set it") if not row[0].startswith("PG")}
-    assert table.items() <= {name: default for name, (default, _) in declared_settings().items()}.items()
+    assert table.items() <= {name: default for name, (default, *_) in declared_settings().items()}.items()
 
 
 def test_readme_is_short() -> None:
