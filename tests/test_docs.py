@@ -18,6 +18,7 @@ import hello
 from server import settings
 from tests.support.network import free_port
 from tests.support.wait import wait_until
+from tools import environment
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -208,6 +209,14 @@ def test_settings_of_the_code_are_those_of_env_example() -> None:
 def test_settings_of_the_readme_have_the_defaults_of_the_code() -> None:
     table = {row[0]: row[1] for row in rows(ROOT / "README.md", "Set it") if not row[0].startswith("PG")}
     assert table.items() <= {name: default for name, (default, *_) in declared_settings().items()}.items()
+
+
+def test_readme_says_what_the_first_start_downloads() -> None:
+    readme = (ROOT / "README.md").read_text()
+    downloaded, unpacked = environment.SIZES["run"]
+    assert f"downloads about {downloaded} MB" in readme
+    assert f"unpacks {unpacked} MB" in readme
+    assert f"downloads {environment.SIZES['dev'][0]} MB" in readme
 
 
 def test_readme_is_short() -> None:
