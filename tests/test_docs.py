@@ -174,7 +174,7 @@ def declared_settings() -> dict[str, list[str]]:
     return {
         name: [
             default := f"{s.default}".removesuffix(".0"),
-            "s" if s.unit in {"s", "seconds"} else "",
+            {"s": "s", "seconds": "s", "bytes": "bytes"}.get(s.unit, ""),
             f"{s.minimum:g}" if re.fullmatch(r"[\d.]*\d", default) and default.count(".") < 2 else "",
         ]
         for name, s in declared.items()
