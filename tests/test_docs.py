@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,11 +119,13 @@ class Documented:
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Documented]:
-    """Start the service with a Postgres of its own."""
-    documented = Documented(tmp_path_factory.mktemp("docs"))
-    yield documented
-    documented.stop()
+def service() -> Iterator[Documented]:
+    """Start the service with a Postgres of its own, whose user must be allowed to reach its folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        documented = Documented(Path(folder))
+        yield documented
+        documented.stop()
 
 
 @pytest.fixture
