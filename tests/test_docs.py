@@ -189,7 +189,7 @@ def rows(page: Path, heading: str) -> Iterator[list[str]]:
     """Return the cells of the table under a heading, without backquotes."""
     section = page.read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     for line in re.findall(r"^\| `.*$", section, re.MULTILINE):
-        yield [cell.strip().replace("`", "") for cell in line.strip("|").split(" | ")]
+        yield [cell.strip().replace("`", "") for cell in line.strip("|").split("|")]
 
 
 def test_settings_of_the_code_are_those_of_configuration_md() -> None:
