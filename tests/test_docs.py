@@ -33,6 +33,7 @@ NOT_RUN = {
     "make run": "the fixture `service` runs its command, tests/test_make_run.py runs it",
     "make test": "this test is part of it",
     "make format": "it changes files",
+    "make bench": "it takes minutes",
     "make compose-": "needs an engine: tests/test_compose.py",
     "docker ": "needs an engine, images or a registry",
     "export COMPOSE_FILE": "tests/test_compose.py and tests/test_proxy.py use the file",
@@ -48,7 +49,7 @@ MASKS = {
     r"\b[0-9a-f]{32}\b": "ID",
     r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT": "DATE",
     r"in \d+ day": "in N day",
-    r"\b\d+\.\d+\.\d+\b": "VERSION",
+    r'"\d+\.\d+\.\d+"': "VERSION",
     r"(?m)(?<= )\d+\.0$": "COUNT",
 }
 
@@ -96,7 +97,7 @@ class Documented:
         self.environment = os.environ | {"PORT": self.port, "METRICS_PORT": self.metrics_port}
         gunicorn = [f"{sys.prefix}/bin/gunicorn", "hello:application"]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tools.embedded_postgres", folder / "data", *gunicorn],
+            [sys.executable, "-m", "tools.serve", folder / "data", *gunicorn],
             cwd=ROOT, env=self.environment, text=True, stdout=subprocess.PIPE,
         )  # fmt: skip
         self.lines: list[str] = []
