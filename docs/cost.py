@@ -22,7 +22,7 @@ BYTES_OUT = 500  # a response with its head
 BYTES_LOGGED = 250  # a request's log line
 
 
-def costs(rate: float, users: float, nodes: int, node: float, database: float, storage: float) -> dict[str, float]:
+def costs(rate: float, users: float, nodes: float, node: float, database: float, storage: float) -> dict[str, float]:
     """Return the dollars a month of each part, at a mean rate of requests a second."""
     millions = rate * SECONDS / 1e6
     capacity_units = max(rate / REQUESTS_A_CONNECTION / 25, rate * BYTES_OUT * 3600 / 1e9, 0.1)

@@ -10,7 +10,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
@@ -172,9 +172,17 @@ def test_log_line_has_the_fields_that_the_page_shows(service: Documented) -> Non
     assert list(json.loads(line)) == list(shown)
 
 
+def test_metrics_are_those_of_the_page(service: Documented) -> None:
+    url = f"http://127.0.0.1:{service.metrics_port}/metrics"
+    text = subprocess.run(["curl", "-s", url], check=True, capture_output=True, text=True).stdout
+    served = set(re.findall(r"^# TYPE (\w+)", text, re.MULTILINE))
+    named = {name for row in rows(ROOT / "docs/observability.md", "Metrics") for name in row[0].split(", ")}
+    assert named == served
+
+
 def declared_settings() -> dict[str, list[str]]:
     """Return the default, the unit of time and the least value of each setting of the code."""
-    declared = {**hello.SETTINGS, **settings.SETTINGS}
+    declared: dict[str, Any] = {**hello.SETTINGS, **settings.SETTINGS}
     return {
         name: [
             default := f"{s.default}".removesuffix(".0"),
