@@ -95,7 +95,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
     server = Database(tmp_path_factory.mktemp("postgres") / "data")
     server.start()
     (server.folder / "pg_hba.conf").write_text("local all postgres trust\nlocal all hello scram-sha-256\n")
-    server.query("SELECT pg_reload_conf()")
+    server.restart()
     yield server
     server.stop()
 
