@@ -23,7 +23,7 @@ MAX_TARGET_BYTES = 8190  # a username of 2,500 bytes, percent-encoded, has 7,500
 MAX_HEADERS, MAX_HEADER_BYTES = 64, 4096
 MAX_HEAD_BYTES = 32768
 MAX_CONTENT_BYTES = 65536  # more than the application takes, so that its connection can go on after a 413
-MAX_EXPECTED_BYTES = 4096  # what the application takes: a client that asks first need not send more
+MAX_EXPECTED_BYTES = 4096  # what the application takes; a client that asks first (Expect) need not send more
 MAX_REQUEST_BYTES = 163840  # with the framing of chunks, and trailers
 
 METHODS = {method.encode() for method in HTTPMethod} - {b"CONNECT"}
@@ -274,14 +274,14 @@ class RequestParser:
             raise ReadAgain
 
     def check_expectation(self, text: str) -> None:
-        """Check Expect (RFC 9110, section 10.1.1); end the request where 100 Continue would only lead to a 413."""
+        """Check Expect (RFC 9110, section 10.1.1), and refuse content that the application would refuse later."""
         expectations = list_elements(text)
         if any(expectation != "100-continue" for expectation in expectations):
             raise ProtocolError(HTTPStatus.EXPECTATION_FAILED, "Expect must be 100-continue.")
         self.awaits_continue = bool(expectations)
         if self.awaits_continue and self.content_left > MAX_EXPECTED_BYTES:
-            self.finish(is_last=True)
-            raise StopReading
+            message = f"The content must be at most {MAX_EXPECTED_BYTES} bytes long."
+            raise ProtocolError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
 
     def on_body(self, part: bytes) -> None:
         self.content += part

@@ -1,0 +1,220 @@
+"""The server's connections: time limits, clients that misbehave, empty content, a stop under load. Raw bytes."""
+
+import contextlib
+import errno
+import itertools
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import gevent
+import gevent.socket
+import pytest
+
+from server.listener import Listener
+from server.worker import Connection, Worker
+from tests.support.network import RESET_ON_CLOSE, exchange, read_all, responses
+from tests.support.service import Service
+from tests.support.wait import in_thread, wait_until
+
+LIVEZ = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n"
+PUT = b"PUT /hello/Slow HTTP/1.1\r\nHost: a\r\nContent-Length: 29\r\n\r\n"
+CHUNKED = b"PUT /hello/Slow HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def service(database: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service of one worker that no client may cost, with a time limit for each phase."""
+    timeouts = {"HEAD_TIMEOUT": "1", "CONTENT_TIMEOUT": "2.5", "KEEPALIVE_TIMEOUT": "1.5", "SEND_TIMEOUT": "1"}
+    with Service(tmp_path_factory.mktemp("server"), database, WEB_CONCURRENCY="1", **timeouts) as service:
+        workers = service.workers()
+        yield service
+        assert service.workers() == workers
+
+
+def seconds_until_closed(client: socket.socket) -> tuple[bytes, float]:
+    """Return what the service sends before it closes a connection, and after how many seconds it does."""
+    start = time.monotonic()
+    return read_all(client), time.monotonic() - start
+
+
+# --- Content ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("HEAD", "/hello/Sesame", 404),
+        ("HEAD", "/livez", 200),
+        ("HEAD", "/nothing", 404),
+        ("OPTIONS", "/livez", 204),
+        ("OPTIONS", "/hello/Sesame", 204),
+    ],
+)
+def test_response_that_has_no_content_ends_with_its_head(service: Service, method: str, path: str, status: int) -> None:
+    data = exchange(service.port, f"{method} {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+    assert data.startswith(b"HTTP/1.1 %d " % status)
+    assert data.index(b"\r\n\r\n") == len(data) - 4
+
+
+def test_put_that_is_204_ends_with_its_head(service: Service) -> None:
+    data = exchange(service.port, PUT + b'{"dateOfBirth": "1990-05-17"}')
+    assert data.startswith(b"HTTP/1.1 204 ")
+    assert data.index(b"\r\n\r\n") == len(data) - 4
+
+
+# --- Time limits ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sent", "limit"),
+    [(PUT[:20], 1), (PUT[:-2], 1), (PUT + b"{", 2.5), (CHUNKED + b"1d\r\n{", 2.5)],
+    ids=["request line", "head", "content", "chunk"],
+)
+def test_request_that_stalls_is_408_after_the_time_limit_of_its_phase(
+    service: Service, sent: bytes, limit: float
+) -> None:
+    with service.open_socket() as client:
+        client.sendall(sent)
+        data, seconds = seconds_until_closed(client)
+    (response,) = responses(data)
+    assert response.status == 408
+    assert response.headers["Connection"] == "close"
+    assert limit * 0.9 < seconds < limit + 5
+
+
+def test_head_that_arrives_byte_by_byte_has_one_time_limit(service: Service) -> None:
+    with service.open_socket() as client:
+        client.sendall(LIVEZ[:-2] + b"X-A: ")
+        answer = in_thread(seconds_until_closed, client)
+        while not answer.done():
+            with contextlib.suppress(OSError):
+                client.sendall(b"x")
+            time.sleep(0.05)
+        _, seconds = answer.result()
+    assert 0.9 < seconds < 6
+
+
+@pytest.mark.parametrize("opening", [b"", b"\r\n", LIVEZ, LIVEZ + b"\r\n"])
+def test_idle_connection_is_closed_without_a_response(service: Service, opening: bytes) -> None:
+    with service.open_socket() as client:
+        client.sendall(opening)
+        data, seconds = seconds_until_closed(client)
+    assert [response.status for response in responses(data)] == [200] * opening.count(b"GET")
+    assert 0.9 < seconds < 6.5
+
+
+def test_client_that_does_not_read_is_closed(service: Service) -> None:
+    with service.open_socket() as client:
+        end = time.monotonic() + 15
+        with pytest.raises(ConnectionError):
+            while time.monotonic() < end:
+                client.sendall(b"GET /openapi.yaml HTTP/1.1\r\nHost: a\r\n\r\n" * 100)
+    assert service.ask("GET", "/livez").status == 200
+
+
+# --- Clients that send without end ---------------------------------------------------------------------
+
+
+class EndlessSocket:
+    """A client's socket that has always something to read, for two seconds."""
+
+    def __init__(self) -> None:
+        self.end = time.monotonic() + 2
+
+    def recv(self, size: int) -> bytes:
+        return b"x" * size if time.monotonic() < self.end else b""
+
+    def getsockname(self) -> tuple[str, int]:
+        return ("127.0.0.1", 80)
+
+    def shutdown(self, how: int) -> None:
+        pass
+
+
+def test_client_that_sends_to_a_connection_that_is_being_closed_does_not_stop_the_others() -> None:
+    connection = Connection(cast(Worker, SimpleNamespace(common_environ=lambda address: {})), EndlessSocket())
+    closing = gevent.spawn(connection.close_gently)
+    turns = 0
+    while not closing.ready():
+        gevent.sleep(0.001)
+        turns += 1
+    assert closing.successful()
+    assert turns > 10
+
+
+def test_clients_that_reset_their_connections_leave_nothing_in_the_log(service: Service) -> None:
+    before = service.log_text().count('"level": "error"')
+    for _ in range(100):
+        with service.open_socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+            client.sendall(LIVEZ * 3)
+    assert service.ask("GET", "/livez").status == 200
+    assert service.log_text().count('"level": "error"') == before
+
+
+# --- A stop ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has socket filters")
+def test_connection_that_arrives_while_the_listener_closes_is_refused_and_not_reset() -> None:
+    late = socket.socket()
+    late.setblocking(False)
+
+    class LateListener(Listener):
+        def do_read(self) -> Any:
+            arrival = super().do_read()
+            if arrival is None:  # the queue is empty, and close() is about to close the socket
+                late.connect_ex(address)
+            return arrival
+
+    with late, socket.create_server(("127.0.0.1", 0)) as server:
+        address = server.getsockname()
+        listener = LateListener(gevent.socket.socket(fileno=server.detach()), lambda *_: None)
+        listener.start()
+        listener.close()
+        assert select.select([], [late], [], 20)[1]
+        assert late.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNREFUSED
+
+
+def connect_until_refused(port: int) -> list[str]:
+    """Ask on one new connection after the other until connections are refused; return what went wrong before."""
+    defects = []
+    while True:
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+                client.sendall(LIVEZ)
+                if not client.recv(1000).startswith(b"HTTP/1.1 200 "):
+                    defects.append("closed without a response")
+        except ConnectionRefusedError:
+            return defects
+        except OSError as error:
+            defects.append(f"{type(error).__name__}: {error}")
+
+
+@pytest.mark.serial
+def test_connections_that_arrive_while_the_service_stops_are_answered_or_refused(
+    database: dict[str, str], tmp_path: Path
+) -> None:
+    with Service(tmp_path, database) as service:
+        clients = [in_thread(connect_until_refused, service.port) for _ in range(16)]
+        time.sleep(0.2)  # so that they are at work; less would only be easier
+        service.process.terminate()
+        assert service.process.wait(20) == 0
+        defects = list(itertools.chain(*[client.result(20) for client in clients]))
+    assert defects == []
+
+
+def test_reload_keeps_accepting_connections(database: dict[str, str], tmp_path: Path) -> None:
+    with Service(tmp_path, database) as service:
+        before = set(service.workers())
+        service.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: len(workers := set(service.workers())) == 2 and not workers & before, 20)
+        for _ in range(50):
+            assert service.ask("GET", "/livez").status == 200
