@@ -117,7 +117,7 @@ def test_misspelled_custom_field_is_found() -> None:
 
 
 def test_object_store_is_configured_as_the_built_in_one() -> None:
-    """Check against the barmanObjectStore of a Cluster: the plugin kept its format, and ObjectStore has no schema here."""
+    """Check against the barmanObjectStore of a Cluster, which has the same format: ObjectStore has no schema here."""
     cluster = DEFINITIONS["postgresql.cnpg.io/v1", "Cluster"]["properties"]["spec"]["properties"]
     schema = cluster["backup"]["properties"]["barmanObjectStore"]
     jsonschema.Draft202012Validator(schema).validate(get("ObjectStore/hello-ha")["spec"]["configuration"])
