@@ -1,15 +1,9 @@
 """The service takes HTTP to the letter (RFC 9110, RFC 9112): raw bytes in, raw bytes out."""
 
-import itertools
-import random
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterator
 
 import pytest
-from hypothesis import given, seed, settings
-from hypothesis import strategies as st
 
 from server import parser
 from tests.support.network import exchange, responses
@@ -262,92 +256,3 @@ def test_client_that_expects_100_continue_for_too_much_content_is_told_413_at_on
     (response,) = responses(exchange(service.port, EXPECTING + b"Content-Length: %d\r\n\r\n" % length))
     assert response.status == 413
     assert response.headers["Connection"] == "close"
-
-
-# --- One request after the other ---------------------------------------------------------------------
-
-
-def test_request_hidden_in_content_is_not_executed(service: Service, postgres: Database) -> None:
-    inner = b"PUT /hello/Hidden HTTP/1.1\r\nHost: a\r\nContent-Length: 29\r\n\r\n" + DATE
-    for method, status in {"PUT": 400, "GET": 200, "DELETE": 405, "OPTIONS": 204}.items():
-        outer = f"{method} /hello/Second HTTP/1.1\r\nHost: a\r\nContent-Length: {len(inner)}\r\n\r\n".encode()
-        found = responses(exchange(service.port, outer + inner + SECOND))
-        assert [response.status for response in found] == [status, 200]
-    assert "Hidden" not in postgres.rows()
-
-
-def pipeline(count: int, mark: str) -> tuple[bytes, list[str], list[str]]:
-    """Return PUTs and GETs of so many users in one piece, the users, and the messages of the responses."""
-    days = random.Random(mark)
-    users = [f"Pipe{mark}{chr(ord('a') + index % 26)}{chr(ord('a') + index // 26)}" for index in range(count)]
-    data, expected = b"", []
-    for user in users:
-        left = days.randrange(1, 365)
-        born = (datetime.now(UTC).date() + timedelta(left)).replace(year=2000)
-        data += b"PUT /hello/%b HTTP/1.1\r\nHost: a\r\nContent-Length: 29\r\n\r\n%b" % (user.encode(), body(born))
-        data += b"GET /hello/%b HTTP/1.1\r\nHost: a\r\n\r\n" % user.encode()
-        expected += ["", f"Hello, {user}! Your birthday is in {left} day(s)"]
-    return data, users, expected
-
-
-@pytest.mark.parametrize("is_cut", [False, True], ids=["whole", "in pieces"])
-def test_pipelined_requests_are_answered_in_order_each_with_its_own(
-    service: Service, postgres: Database, is_cut: bool
-) -> None:
-    data, users, expected = pipeline(50, "cut" if is_cut else "whole")
-    cuts = sorted(random.Random(1).sample(range(len(data)), 200)) if is_cut else []
-    parts = [data[start:end] for start, end in itertools.pairwise([0, *cuts, len(data)])]
-    found = responses(exchange(service.port, *parts, pause=0.001 if is_cut else 0))
-    assert [response.status for response in found] == [204, 200] * len(users)
-    assert [response.message for response in found] == expected
-    assert postgres.rows().keys() >= set(users)
-
-
-# --- Requests that nobody thought of -----------------------------------------------------------------
-
-PIECES = [
-    b"\r\n",
-    b"\n",
-    b"\r",
-    b"\x00",
-    b" ",
-    b"\t",
-    b":",
-    b"\xff",
-    b"%00",
-    b"%ff",
-    b"%",
-    b"/",
-    b"?",
-    b"*",
-    b"0\r\n\r\n",
-]
-PIECES += [b"HTTP/1.0", b"29", b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"Upgrade: h2c\r\n"]
-PIECES += [b"Expect: 100-continue\r\n", b"Connection: close\r\n"]
-SEEDS = [PUT + b"Content-Length: 29\r\n\r\n" + DATE, CHUNKED + CHUNKS, GET + b"\r\n" + SECOND]
-MUTATIONS = st.lists(
-    st.tuples(st.integers(0, 99), st.integers(0, 9), st.sampled_from(PIECES) | st.binary(max_size=4)),
-    min_size=1,
-    max_size=4,  # of many, hardly one would reach the application
-)
-
-
-def test_any_bytes_are_answered_without_a_failure_of_the_service(
-    service: Service, report: Callable[[str], None]
-) -> None:
-    statuses: Counter[int] = Counter()
-
-    @seed(1)
-    @given(st.sampled_from(SEEDS), MUTATIONS)
-    @settings(max_examples=500, deadline=None, database=None)
-    def check(data: bytes, mutations: list[tuple[int, int, bytes]]) -> None:
-        for start, dropped, piece in mutations:
-            data = data[:start] + piece + data[start + dropped :]
-        for response in responses(exchange(service.port, data)):
-            statuses[response.status] += 1
-            assert response.status < 500 or response.status in {501, 505}
-
-    check()
-    report(f"500 mutated requests, answered {dict(sorted(statuses.items()))}")
-    assert statuses[400]
-    assert set(statuses) & {200, 204}
