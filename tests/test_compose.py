@@ -1,7 +1,6 @@
-"""The image and the composed system, on a real Docker engine: as `make build` and `make compose-up` make them.
+"""The image and the composed system on a Docker engine, as `make build` and `make compose-up` make them.
 
-All of it happens in a copy of this folder, with a project name, an image tag and a port of its own; whatever
-else runs on the engine, and its data, is not touched. Without an engine these tests are reported as not run.
+They are made from a copy of this folder, with a project name, an image tag and ports of their own.
 """
 
 import http.client
@@ -9,15 +8,17 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.support.network import free_port
+from tests.support.wait import wait_until
 
 ROOT = Path(__file__).parents[1]
 PROJECT = f"hello-test-{os.getpid()}"
@@ -26,18 +27,20 @@ IMAGE = f"hello:{VERSION}"
 BASE = "python:3.14-slim"
 HARDENED = ["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
 SECRET = "decoy-4711"
-FILES = {"hello.py", "__init__.py", "worker.py", "telemetry.py", "gunicorn.conf.py", "schema.sql", "openapi.yaml"}
+FILES = {"hello.py", "gunicorn.conf.py", "schema.sql", "openapi.yaml"} | {
+    f"server/{path.name}" for path in (ROOT / "server").glob("*.py")
+}
 LOCAL = ("PG", "COMPOSE_", "PORT", "VERSION", "METRICS_", "MAKE", "VENV", "DATA")  # settings of whoever runs the tests
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(LOCAL)}
 
 
-def run(*command: str, folder: Path | None = None, **environment: str) -> str:
-    """Return what a command writes; fail with it where the command fails."""
+def run(*command: str, folder: Path | None = None, status: int = 0, **environment: str) -> str:
+    """Return what a command writes; fail with it where its exit status is another."""
     environment = ENVIRONMENT | {"COMPOSE_PROJECT_NAME": PROJECT, "VERSION": VERSION} | environment
     done = subprocess.run(
         command, cwd=folder, env=environment, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}"
+    assert done.returncode == status, f"{' '.join(command)}: {done.stdout}"
     return done.stdout
 
 
@@ -45,24 +48,11 @@ def inspect(kind: str, name: str) -> dict[str, Any]:
     return json.loads(run("docker", kind, "inspect", name))[0]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
-
-
 def ask(port: int, method: str, path: str, content: str | None = None) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     connection.request(method, path, content)
     response = connection.getresponse()
     return response.status, response.read()
-
-
-def wait_until(is_true: Callable[[], bool], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def has_engine() -> bool:
@@ -128,10 +118,11 @@ class System:
         self.folder = folder
         self.project = project
         self.port = free_port()
+        self.output = ""
 
-    def make(self, *arguments: str) -> str:
-        names = {"COMPOSE_PROJECT_NAME": self.project, "PORT": str(self.port)}
-        return run("make", *arguments, folder=self.folder, **names)
+    def make(self, *arguments: str, status: int = 0, **environment: str) -> str:
+        names = {"COMPOSE_PROJECT_NAME": self.project, "PORT": str(self.port)} | environment
+        return run("make", *arguments, folder=self.folder, status=status, **names)
 
     def compose(self, *arguments: str) -> str:
         return run("docker", "compose", *arguments, folder=self.folder, COMPOSE_PROJECT_NAME=self.project)
@@ -192,7 +183,7 @@ def test_image_holds_the_service_and_no_test_cache_or_secret(image: dict[str, An
     # The base's own files are not ours to judge: so /app and /venv, and the places where a build leaves things.
     find = ["find", "/app", "/venv", "/root", "/tmp", "/var/tmp", "/home", "-type", "f"]
     found = run("docker", "run", "--rm", "--user", "0", IMAGE, *find).split()
-    assert {Path(path).name for path in found if path.startswith("/app/")} == FILES
+    assert {path.removeprefix("/app/") for path in found if path.startswith("/app/")} == FILES
     assert "/venv/bin/gunicorn" in found
     unwanted = re.compile(r"test_|_test\.py|/tests?/|/\.cache/|/\.env|site-packages/pip/|^/tmp/|^/var/tmp/|\.whl$")
     assert [path for path in found if unwanted.search(path)] == []
@@ -204,7 +195,9 @@ def test_build_context_holds_only_what_the_image_needs(clone: Path, tmp_path: Pa
     (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY . /\n")
     options = ["--file", str(tmp_path / "Dockerfile"), "--output", f"type=local,dest={tmp_path / 'context'}"]
     run("docker", "build", *options, str(clone), DOCKER_BUILDKIT="1")
-    assert {path.name for path in (tmp_path / "context").rglob("*") if path.is_file()} == FILES | {"service.txt"}
+    context = tmp_path / "context"
+    sent = {str(path.relative_to(context)) for path in context.rglob("*") if path.is_file()}
+    assert sent == FILES | {"requirements/service.txt"}
 
 
 def test_image_says_what_it_is(image: dict[str, Any]) -> None:
@@ -229,7 +222,7 @@ def test_edit_of_hello_py_installs_nothing_again(clone: Path, image: dict[str, A
     try:
         output = run("make", "build", folder=folder, VERSION=f"{VERSION}-edited", BUILDKIT_PROGRESS="plain")
         assert inspect("image", f"hello:{VERSION}-edited")["RootFS"] != image["RootFS"]
-        step = re.search(r"^#(\d+) .*RUN python -m pip", output, re.MULTILINE)[1]
+        [step] = re.findall(r"^#(\d+) .*RUN python -m pip", output, re.MULTILINE)[:1]
         assert f"#{step} CACHED" in output
     finally:
         run("docker", "image", "rm", "--force", f"hello:{VERSION}-edited")
@@ -239,7 +232,7 @@ def test_edit_of_hello_py_installs_nothing_again(clone: Path, image: dict[str, A
 
 
 def test_hardened_container_becomes_healthy_and_answers(container: str) -> None:
-    wait_until(lambda: inspect("container", container)["State"]["Health"]["Status"] == "healthy")
+    wait_until(lambda: inspect("container", container)["State"]["Health"]["Status"] == "healthy", 30)
     port = int(inspect("container", container)["NetworkSettings"]["Ports"]["8080/tcp"][0]["HostPort"])
     assert ask(port, "GET", "/livez")[0] == 200
     assert ask(port, "GET", "/readyz")[0] == 503
@@ -287,6 +280,20 @@ def test_compose_up_says_how_to_use_it_and_warns_of_the_password(system: System)
     assert "WARNING: the database has the development password" in system.output
 
 
+def test_compose_up_prints_why_init_db_failed(system: System) -> None:
+    (system.folder / "broken.yml").write_text(
+        "services: {init-db: {environment: {PGDATABASE: nowhere, INIT_TIMEOUT: 0.5}}}"
+    )
+    files = "docker-compose.yml:docker-compose.override.yml:broken.yml"
+    try:
+        output = system.make("compose-up", COMPOSE_FILE=files, status=2)
+        assert re.search(
+            r"^init-db: .*nowhere.*\nhello is not up: .* then `make compose-up` again\.$", output, re.MULTILINE
+        )
+    finally:
+        system.make("compose-up")
+
+
 def test_development_password_is_that_of_env_example(system: System) -> None:
     [password] = re.findall(r"^PGPASSWORD=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE)
     services = json.loads(system.compose("config", "--format", "json"))["services"]
@@ -317,6 +324,7 @@ def test_services_are_hardened_bounded_and_restarted(system: System) -> None:
 
 def test_service_is_no_superuser_of_the_database(system: System) -> None:
     assert system.sql("SELECT rolname, rolsuper FROM pg_roles WHERE rolcanlogin ORDER BY 1") == "hello|f\npostgres|t"
+    assert ask(system.port, "GET", "/readyz")[0] == 200
     assert system.sql("SELECT usename FROM pg_stat_activity WHERE application_name = 'hello' LIMIT 1") == "hello"
     login = "import psycopg2; psycopg2.connect(user='postgres')"
     command = ["docker", "compose", "exec", "-T", "api", "python", "-c", login]
