@@ -161,7 +161,8 @@ CONSTANT = "gunicorn bench.peers.constant:application"
 CONTESTANTS: list[Contestant] = [
     hello_service("hello", "**hello, as it ships**"),
     hello_service("hello-off", "hello, `TELEMETRY=off`", TELEMETRY="off"),
-    Service("go", "Go, net/http, pgx pool", "go_peer", {"GOMAXPROCS": "2"}),
+    Service("hello-reuse-port", "hello, `gunicorn --reuse-port`", "gunicorn --reuse-port hello:application"),
+    Service("go", "Go, net/http, pgx pool", "go_peer", {"GOMAXPROCS": "2", "CONNECTIONS": "16"}),
     Service("fastapi", "FastAPI, asyncpg pool, uvicorn", UVICORN),
     Service("granian", "hello's `application` under Granian", GRANIAN),
     Service("falcon", "Falcon, psycopg2 pool, gunicorn gthread", f"{GTHREAD}falcon_peer:application"),

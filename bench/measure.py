@@ -80,6 +80,7 @@ def measure(rounds: int, seconds: int) -> Measurements:
     cases += [
         Case("hello", method, count) for count in CLIENT_COUNTS if count not in {1, CLIENTS} for method in METHODS
     ]
+    cases += [Case("hello-reuse-port", method, max(CLIENT_COUNTS)) for method in METHODS]
     # More often than the rest: this bar is narrower than the noise of a few samples.
     cases += 3 * [Case(name, method, 1) for method in METHODS for name in ("hello", "hello-1")]
     with running([*contestants, *workers]):

@@ -52,6 +52,9 @@ class Bar(NamedTuple):
 
 def report(measured: Measurements) -> list[str]:
     """Return the report of `make bench`."""
+    most = max(CLIENT_COUNTS)
+    clients = {f"{n:,}": [Case("hello", m, n) for m in METHODS] for n in CLIENT_COUNTS}
+    clients[f"{most:,}, `--reuse-port`"] = [Case("hello-reuse-port", m, most) for m in METHODS]
     return [
         f"`make bench`, {machine()}",
         "Medians (smallest to largest) of interleaved rounds. \"hello is\" divides hello's median by the row's.",
@@ -60,9 +63,9 @@ def report(measured: Measurements) -> list[str]:
         "",
         *bars(measured),
         "",
-        *by_count("clients", {n: [Case("hello", m, n) for m in METHODS] for n in CLIENT_COUNTS}, measured),
+        *by_count("clients", clients, measured),
         "",
-        *by_count("workers", {n: [Case(worker_case(n), m) for m in METHODS] for n in WORKER_COUNTS}, measured),
+        *by_count("workers", {f"{n}": [Case(worker_case(n), m) for m in METHODS] for n in WORKER_COUNTS}, measured),
     ]
 
 
@@ -166,12 +169,12 @@ def latency_bars(measured: Measurements) -> list[Bar]:
     return rows
 
 
-def by_count(what: str, cases: dict[int, list[Case]], measured: Measurements) -> list[str]:
+def by_count(what: str, cases: dict[str, list[Case]], measured: Measurements) -> list[str]:
     """Return throughput and latency by a number of something."""
     rows = []
     for count, (get, put) in cases.items():
         samples = [measured.results[case] for case in (get, put)]
-        rows.append([f"{count:,}", *(cell for s in samples for cell in (spread(s), number(s.p99)))])
+        rows.append([count, *(cell for s in samples for cell in (spread(s), number(s.p99)))])
     return table(f"{what} | GET/s | p99, ms | PUT/s | p99, ms", rows)
 
 
