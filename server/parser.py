@@ -26,9 +26,10 @@ MAX_CONTENT_BYTES = 65536  # more than the application takes, so that its connec
 MAX_EXPECTED_BYTES = 4096  # what the application takes; a client that asks first (Expect) need not send more
 MAX_REQUEST_BYTES = 163840  # with the framing of chunks, and trailers
 
-METHODS = {method.encode() for method in HTTPMethod} - {b"CONNECT"}
+METHODS = {method.encode(): method.value for method in HTTPMethod if method is not HTTPMethod.CONNECT}
+PROTOCOLS = {b"HTTP/1.1": "HTTP/1.1", b"HTTP/1.0": "HTTP/1.0"}
 METHOD = re.compile(rb"[\r\n]*([!#-'*+.0-9A-Z^-z|~-]+)(?: |\Z)")
-REQUEST_LINE = re.compile(rb"[\r\n]*([!#-'*+.0-9A-Z^-z|~-]+) +([^ \r\n]+) +HTTP/([0-9]\.[0-9])\r\n")
+REQUEST_LINE = re.compile(rb"[\r\n]*([!#-'*+.0-9A-Z^-z|~-]+) +([^ \r\n]+) +(HTTP/[0-9]\.[0-9])\r\n")
 HOST_AND_PORT = r"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)(?::[0-9]*)?"
 ABSOLUTE_TARGET = re.compile(rf"https?://(?=[^:/?])({HOST_AND_PORT})((?:[/?].*)?)", re.IGNORECASE)
 UPGRADE_OR_TRAILING_SPACE = re.compile(rb"\r\nUpgrade:[^\r]*|[ \t]+(?=\r\n)", re.IGNORECASE)
@@ -146,34 +147,38 @@ class RequestParser:
     def feed(self, data: bytes) -> None:
         """Read bytes; put the requests that they complete into `complete`, and the error of the next into `error`."""
         while data and not self.is_closed:
-            end = self.part_end(data)
-            self.feed_part(data[:end])
-            data = data[end:]
+            part = data[: self.part_end(data)]
+            data = data[len(part) :]
+            self.in_progress = True
+            if self.environ is None:
+                self.head += part
+            try:
+                self.parser.feed_data(part)
+            except HttpParserCallbackError as error:
+                self.handle_callback_error(error)
+            except HttpParserError:
+                self.fail(self.diagnose())
+            if self.in_progress and not self.is_closed:
+                self.expect_rest(part)
 
-    def part_end(self, data: bytes) -> int:
-        """Return where the request may end, so that no part has bytes of two requests."""
+    def part_end(self, data: bytes) -> int | None:
+        """Return where the request may end, so that no part has bytes of two requests; None for the end of the data."""
         if self.content_left:
             return self.content_left
         found = (self.tail + data).find(b"\r\n\r\n")
-        return len(data) if found < 0 else found + 4 - len(self.tail)
+        return None if found < 0 else found + 4 - len(self.tail)
 
-    def feed_part(self, part: bytes) -> None:
-        """Read bytes of one request."""
-        self.in_progress = True
-        self.received += len(part)
+    def expect_rest(self, part: bytes) -> None:
+        """Check the limits of a request that is not complete."""
         self.tail = (self.tail + part)[-3:]
-        if self.environ is None:
-            self.head += part
-        try:
-            self.parser.feed_data(part)
-        except HttpParserCallbackError as error:
-            self.handle_callback_error(error)
-        except HttpParserError:
-            self.fail(self.diagnose())
+        self.received += len(part)
         if self.received > MAX_REQUEST_BYTES:
             self.fail(bad_content())
         elif self.environ is None and len(self.head) > MAX_TARGET_BYTES:
-            self.check_head_size()
+            if not REQUEST_LINE.match(self.head):
+                self.fail(long_target())
+            elif len(self.head) > MAX_HEAD_BYTES:
+                self.fail(long_head())
 
     def handle_callback_error(self, error: HttpParserCallbackError) -> None:
         """Act on what a callback raised."""
@@ -184,7 +189,7 @@ class RequestParser:
             head = UPGRADE_OR_TRAILING_SPACE.sub(b"", self.head)
             self.parser = HttpRequestParser(self)
             self.expect_request()
-            self.feed_part(head)
+            self.feed(head)
         elif not isinstance(cause, StopReading):
             raise error
 
@@ -202,12 +207,6 @@ class RequestParser:
             return error.with_traceback(None)
         return bad_request("The request must be well-formed HTTP/1.1.")
 
-    def check_head_size(self) -> None:
-        if not REQUEST_LINE.match(self.head):
-            self.fail(long_target())
-        elif len(self.head) > MAX_HEAD_BYTES:
-            self.fail(long_head())
-
     @property
     def method(self) -> str:
         """The method of the request in progress; empty before it is known."""
@@ -215,21 +214,21 @@ class RequestParser:
         return found[1].decode() if found else ""
 
     def check_request_line(self) -> tuple[str, str, str]:
-        """Return method, target and version."""
+        """Return method, target and protocol."""
         line = REQUEST_LINE.match(self.head)
         if line is None:
             start = METHOD.match(self.head)
             if start and start[1] not in METHODS:
                 raise unknown_method()
             raise bad_request("The request line must be a method, a target and HTTP/1.1.")
-        method, target, version = line.groups()
+        method, target, protocol = line.groups()
         if len(target) > MAX_TARGET_BYTES:
             raise long_target()
-        if version not in {b"1.1", b"1.0"}:
+        if protocol not in PROTOCOLS:
             raise ProtocolError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "The version must be HTTP/1.1.")
         if method not in METHODS:
             raise unknown_method()
-        return method.decode(), target.decode("latin-1"), version.decode()
+        return METHODS[method], target.decode("latin-1"), PROTOCOLS[protocol]
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self.headers.append((name, value))
@@ -237,21 +236,21 @@ class RequestParser:
             raise long_head()
 
     def on_headers_complete(self) -> None:
-        method, target, version = self.check_request_line()
+        method, target, protocol = self.check_request_line()
         environ = self.common.copy()
         environ["REQUEST_METHOD"] = method
-        environ["SERVER_PROTOCOL"] = f"HTTP/{version}"
-        self.add_headers(environ, version)
+        environ["SERVER_PROTOCOL"] = protocol
+        self.add_headers(environ)
         environ["PATH_INFO"], environ["QUERY_STRING"] = split_target(target, environ)
         if "HTTP_TRANSFER_ENCODING" in environ or "HTTP_UPGRADE" in environ:
-            self.check_coding(environ, version)
-        elif length := environ.get("CONTENT_LENGTH"):
-            self.content_left = int(length)
+            self.check_coding(environ)
+        elif "CONTENT_LENGTH" in environ:
+            self.content_left = int(environ["CONTENT_LENGTH"])
         self.environ, self.waiting_since = environ, None
-        if version == "1.1" and "HTTP_EXPECT" in environ:
+        if "HTTP_EXPECT" in environ and protocol == "HTTP/1.1":
             self.check_expectation(environ["HTTP_EXPECT"])
 
-    def add_headers(self, environ: WSGIEnvironment, version: str) -> None:
+    def add_headers(self, environ: WSGIEnvironment) -> None:
         """Put the headers into an environ, equal ones joined by commas, and check Host (RFC 9112, section 3.2)."""
         hosts = 0
         for name, value in self.headers:
@@ -259,15 +258,15 @@ class RequestParser:
             hosts += key == "HTTP_HOST"
             if key:
                 environ[key] = f"{environ[key]},{text}" if key in environ else text
-        if hosts > 1 or (hosts == 0 and version == "1.1"):
+        if hosts != 1 and (hosts or environ["SERVER_PROTOCOL"] == "HTTP/1.1"):
             raise bad_request("There must be one Host.")
         if hosts and not is_host(environ["HTTP_HOST"]):
             raise bad_request("Host must be a host name or an address, with at most a port after it.")
 
-    def check_coding(self, environ: WSGIEnvironment, version: str) -> None:
+    def check_coding(self, environ: WSGIEnvironment) -> None:
         """Check Transfer-Encoding; ignore Upgrade, as a server may (RFC 9110, section 7.8) and httptools cannot."""
         if "HTTP_TRANSFER_ENCODING" in environ:
-            if version == "1.0":  # it has no codings: who forwards one may not know where the content ends
+            if environ["SERVER_PROTOCOL"] == "HTTP/1.0":  # a proxy that forwards a coding may not know it
                 raise bad_request("Transfer-Encoding needs HTTP/1.1.")
             check_codings(environ["HTTP_TRANSFER_ENCODING"])
         if UPGRADE_OR_TRAILING_SPACE.search(self.head):

@@ -13,13 +13,14 @@ and hooks about requests (limit_request_*, keepalive, max_requests, access log, 
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from email.utils import formatdate
 from enum import Enum, auto
 from functools import lru_cache
 from http import HTTPStatus
 from time import monotonic, time
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 from wsgiref.types import WSGIEnvironment
 
 import gevent
@@ -54,10 +55,19 @@ class Phase(Enum):
     SEND = auto()
 
 
-@lru_cache(maxsize=1)
-def http_date(second: int) -> str:
-    """Return a Date header's value."""
-    return formatdate(second, usegmt=True)
+IDLE, REQUEST, APPLICATION, SEND = Phase
+
+
+@lru_cache(maxsize=64)
+def response_start(status: str, second: int, is_last: bool) -> str:
+    """Return a response's status line and the headers that all responses of one second share."""
+    connection = "close" if is_last else "keep-alive"
+    return f"HTTP/1.1 {status}\r\nDate: {formatdate(second, usegmt=True)}\r\nConnection: {connection}"
+
+
+def write(data: bytes) -> NoReturn:
+    """Refuse to be PEP 3333's `write`, which only old applications call."""
+    raise NotImplementedError("return the content instead")
 
 
 class Connection:
@@ -67,7 +77,7 @@ class Connection:
         self.worker = worker
         self.socket = client
         self.parser = RequestParser(worker.common_environ(client.getsockname()))
-        self.phase = Phase.IDLE
+        self.phase = IDLE
         self.deadline = monotonic() + settings.KEEPALIVE_TIMEOUT  # of the phase, if it is not APPLICATION
         self.is_late = False
 
@@ -107,10 +117,10 @@ class Connection:
         """Return what the client sends next; nothing at the end, or if it comes too late."""
         parser, now = self.parser, monotonic()
         if not parser.in_progress:
-            self.phase, limit = Phase.IDLE, settings.KEEPALIVE_TIMEOUT if self.worker.alive else DRAIN_SECONDS
+            self.phase, limit = IDLE, settings.KEEPALIVE_TIMEOUT if self.worker.alive else DRAIN_SECONDS
         else:
             limit = settings.CONTENT_TIMEOUT if parser.environ else settings.HEAD_TIMEOUT
-            self.phase, parser.waiting_since = Phase.REQUEST, parser.waiting_since or now
+            self.phase, parser.waiting_since = REQUEST, parser.waiting_since or now
         self.deadline = (parser.waiting_since or now) + limit
         data = b""
         try:
@@ -118,7 +128,7 @@ class Connection:
         except OSError:
             if not self.is_late:
                 raise
-        self.phase = Phase.APPLICATION
+        self.phase = APPLICATION
         if not data and self.is_late and parser.head.strip(b"\r\n"):  # a blank line is not a request yet
             parser.error = ProtocolError(HTTPStatus.REQUEST_TIMEOUT, "The request must arrive sooner.")
         return data
@@ -127,14 +137,18 @@ class Connection:
         """End the wait for the client, which is over its deadline."""
         self.is_late = True
         with suppress(OSError):  # the client went away
-            self.socket.shutdown(socket.SHUT_RDWR if self.phase is Phase.SEND else socket.SHUT_RD)
+            self.socket.shutdown(socket.SHUT_RDWR if self.phase is SEND else socket.SHUT_RD)
+
+    def start_response(self, status: str, headers: Headers, exc_info: object = None) -> Callable[[bytes], object]:
+        """Keep the head of the response to the request that is being answered (PEP 3333)."""
+        self.status, self.headers = status, headers
+        return write
 
     def answer(self, environ: WSGIEnvironment, *, is_last: bool) -> bool:
         """Answer a request; return whether the connection goes on."""
-        response: list[Any] = []
-        content = b"".join(self.worker.wsgi(environ, lambda *arguments: response.extend(arguments)))
+        content = b"".join(self.worker.wsgi(environ, self.start_response))
         is_last = is_last or not self.worker.alive  # read last: the worker may have been told to stop meanwhile
-        self.respond(response[0], response[1], content, is_last=is_last)
+        self.respond(self.status, self.headers, content, is_last=is_last)
         return not is_last
 
     def refuse(self, error: ProtocolError) -> None:
@@ -155,14 +169,12 @@ class Connection:
 
     def respond(self, status: str, headers: Headers, content: bytes, *, is_last: bool) -> None:
         """Send a response, head and content together."""
-        connection = "close" if is_last else "keep-alive"
-        lines = [f"HTTP/1.1 {status}\r\nDate: {http_date(int(time()))}\r\nConnection: {connection}\r\n"]
-        lines += [f"{name}: {value}\r\n" for name, value in headers]
-        self.send("".join([*lines, "\r\n"]).encode("latin-1") + content)
+        lines = [response_start(status, int(time()), is_last), *map(": ".join, headers), "", ""]
+        self.send("\r\n".join(lines).encode("latin-1") + content)
 
     def send(self, data: bytes) -> None:
         """Send all of it; raise OSError if the client does not read it in time."""
-        self.phase, self.deadline = Phase.SEND, monotonic() + settings.SEND_TIMEOUT
+        self.phase, self.deadline = SEND, monotonic() + settings.SEND_TIMEOUT
         if (sent := self.socket.send(data)) < len(data):  # rare; sendall alone makes one more system call
             self.socket.sendall(data[sent:])
 
@@ -172,7 +184,7 @@ class Connection:
             return
         self.socket.shutdown(socket.SHUT_WR)
         end = monotonic() + DRAIN_SECONDS
-        self.phase, self.deadline = Phase.REQUEST, end
+        self.phase, self.deadline = REQUEST, end
         while (self.socket.recv(65536) or self.is_late) and monotonic() < end:
             gevent.sleep(DRAIN_SECONDS / 20)  # a client that sends without end must not keep the worker busy
 
@@ -184,6 +196,7 @@ class Worker(ggevent.GeventWorker):
         telemetry: None, or what counts and logs protocol errors; gunicorn's hook `post_worker_init` may set it.
     """
 
+    wsgi: Any  # the application; the stub of gunicorn has a type that is not PEP 3333's
     telemetry: Telemetry | None = None
 
     def init_process(self) -> None:
@@ -221,9 +234,9 @@ class Worker(ggevent.GeventWorker):
             gevent.sleep(SWEEP_SECONDS)
             now = monotonic()
             for connection in list(self.connections):
-                if connection.phase is Phase.IDLE and not self.alive:
+                if connection.phase is IDLE and not self.alive:
                     connection.deadline = min(connection.deadline, now + DRAIN_SECONDS)
-                if connection.deadline < now and connection.phase is not Phase.APPLICATION and not connection.is_late:
+                if connection.deadline < now and connection.phase is not APPLICATION and not connection.is_late:
                     connection.expire()
 
     def common_environ(self, server: tuple[str, int]) -> WSGIEnvironment:
