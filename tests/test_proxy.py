@@ -19,6 +19,7 @@ from typing import Self
 import pytest
 import yaml
 
+import hello
 from tests.support.load import Load
 from tests.support.network import LOOPBACK, free_port
 from tests.support.postgres import Database
@@ -129,7 +130,7 @@ def test_database_away_is_the_services_503_for_as_long_as_it_lasts(proxy: Proxy,
             messages.add(proxy.ask("GET", "/hello/Zoe").message)
     finally:
         database.start()
-    assert messages == {"The database does not answer at the moment: try again in a second."}
+    assert messages == {hello.UNAVAILABLE[1]}
     wait_until(lambda: proxy.put("Zoe").status == 204)
 
 

@@ -1,7 +1,7 @@
 """Break each protection in a copy of the tree and check that its test fails: `make mutations`.
 
-Each patch in tests/mutations/ begins with a line `Test: ` and the id of the test that must notice it. First the unchanged
-copy must pass all of these tests. A test notices a patch if it fails in its call phase; an error in a fixture does not
+Each patch in tests/mutations/ begins with a line `Test: ` and the id of the test that must notice it. The unchanged
+copy must pass these tests first. A test notices a patch if it fails in its call phase; an error in a fixture does not
 count. `make mutations ARGS='WORD ...'` takes only the patches with one of the words in their name.
 """
 
