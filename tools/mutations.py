@@ -59,11 +59,12 @@ def run_tests(tree: Path, *tests: str) -> tuple[Counter[str], str]:
     return outcomes, text
 
 
-def apply(tree: Path, patch: Path, *options: str) -> None:
-    """Apply a patch in a tree; exit if it does not fit."""
+def apply(tree: Path, patch: Path, *options: str) -> bool:
+    """Apply a patch in a tree; return whether it fits, and print why it does not."""
     done = subprocess.run(["git", "apply", *options, str(patch)], check=False, cwd=tree, capture_output=True, text=True)
     if done.returncode != 0:
-        sys.exit(f"{patch.name} does not fit: {done.stderr}")
+        print(f"{patch.name} does not fit: {' '.join(done.stderr.split())}")
+    return done.returncode == 0
 
 
 def check(tree: Path, mutation: Mutation) -> bool:
@@ -80,12 +81,14 @@ def check(tree: Path, mutation: Mutation) -> bool:
 
 
 def main(words: list[str]) -> int:
-    """Check the baseline, then each mutation; return 1 if one was not noticed."""
+    """Check that all fit and that their tests pass, then each mutation; return 1 if one was not noticed."""
     mutations = read_mutations(words)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o711)
         tree = Path(folder) / "hello"
         shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv*", ".postgres", "__pycache__"))
+        if not all([apply(tree, mutation.patch, "--check") for mutation in mutations]):
+            return 1
         outcomes, text = run_tests(tree, *sorted({mutation.test for mutation in mutations}))
         print(f"baseline: {dict(outcomes)}", flush=True)
         if outcomes["failure"] or outcomes["error"] or not outcomes:
