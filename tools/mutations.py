@@ -87,7 +87,7 @@ def main(words: list[str]) -> int:
         Path(folder).chmod(0o711)
         tree = Path(folder) / "hello"
         shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv*", ".postgres", "__pycache__"))
-        if not all([apply(tree, mutation.patch, "--check") for mutation in mutations]):
+        if [mutation for mutation in mutations if not apply(tree, mutation.patch, "--check")]:
             return 1
         outcomes, text = run_tests(tree, *sorted({mutation.test for mutation in mutations}))
         print(f"baseline: {dict(outcomes)}", flush=True)
