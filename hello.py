@@ -15,24 +15,23 @@ init-db` applies schema.sql. Settings are the environment variables below and th
 import json
 import logging
 import os
-import re
 import select
 import socket
 import sys
 import threading
 import traceback
 import unicodedata
-from calendar import isleap
+from collections import namedtuple
 from collections.abc import Callable, Iterable
 from concurrent import futures
 from contextlib import suppress
 from datetime import date, datetime
 from functools import partial
-from http import HTTPStatus
+from http.client import responses
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from time import monotonic, sleep
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 from wsgiref.simple_server import make_server
 from wsgiref.types import StartResponse, WSGIEnvironment
 from zoneinfo import ZoneInfo
@@ -45,24 +44,13 @@ __version__ = "1.0.0"
 # --- Settings ---------------------------------------------------------------------------------------
 
 Value = TypeVar("Value", int, float, str, ZoneInfo)
-
-
-class Setting(NamedTuple):
-    """An environment variable; a unit is "s" for seconds or "", a minimum is that of a number."""
-
-    default: str
-    unit: str
-    minimum: float
-    meaning: str
-
-
+Setting = namedtuple("Setting", "default unit minimum meaning")  # a unit is "s" for seconds or "" for none
 SETTINGS: dict[str, Setting] = {}
 
 
 def setting(kind: Callable[[str], Value], name: str, *declaration: Any) -> Value:
     """Declare a setting and return its value; exit with one line if that is unusable."""
-    SETTINGS[name] = Setting(*declaration)
-    default, _, minimum, meaning = SETTINGS[name]
+    default, _, minimum, meaning = SETTINGS[name] = Setting(*declaration)
     text = os.environ.get(name) or default
     with suppress(ValueError, KeyError, OSError):  # the last two are ZoneInfo's
         value = kind(text)
@@ -88,7 +76,6 @@ MAX_USERNAME_LETTERS = 255
 MAX_USERNAME_BYTES = 2500  # an entry of Postgres' index holds 2,704
 EXAMPLE = '{"dateOfBirth": "YYYY-MM-DD"}'
 OPENAPI = Path(__file__).with_name("openapi.yaml").read_bytes()
-LOG = logging.getLogger("hello")
 
 # --- SQL --------------------------------------------------------------------------------------------
 
@@ -124,9 +111,10 @@ def today() -> date:
 
 def birthday_in(year: int, born: date) -> date:
     """Return the birthday in a year; for 29 February it is 1 March in common years, as in UK law."""
-    if (born.month, born.day) == (2, 29) and not isleap(year):
+    try:
+        return born.replace(year=year)
+    except ValueError:
         return date(year, 3, 1)
-    return born.replace(year=year)
 
 
 def days_until_birthday(born: date, on: date) -> int:
@@ -138,7 +126,6 @@ def days_until_birthday(born: date, on: date) -> int:
 # --- Requests and responses -------------------------------------------------------------------------
 
 encode_json = json.JSONEncoder(ensure_ascii=False).encode
-DATE = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")  # date.fromisoformat accepts more than that
 
 
 class Response(NamedTuple):
@@ -206,15 +193,17 @@ def parse_date_of_birth(document: dict[str, Any]) -> date:
     if not isinstance(text := document.get("dateOfBirth"), str):
         raise HTTPError(400, f"There is no dateOfBirth string: send {EXAMPLE}.")
     try:
-        born = date.fromisoformat(text if DATE.fullmatch(text) else "")
+        born = date.fromisoformat(text)
     except ValueError:
-        raise HTTPError(400, "dateOfBirth must be a real date, written YYYY-MM-DD.") from None
+        born = None
+    if born is None or born.isoformat() != text:  # fromisoformat accepts more than YYYY-MM-DD
+        raise HTTPError(400, "dateOfBirth must be a real date, written YYYY-MM-DD.")
     if born >= today():
         raise HTTPError(400, "dateOfBirth must be before today.")
     return born
 
 
-# --- Handlers ---------------------------------------------------------------------------------------
+# --- Handlers, routing, application -----------------------------------------------------------------
 
 
 def get_hello(environ: WSGIEnvironment, username: str) -> Response:
@@ -240,8 +229,6 @@ def get_readyz(environ: WSGIEnvironment) -> Response:
     return message_response(200, "ready")
 
 
-# --- Routing and application ------------------------------------------------------------------------
-
 USER_ROUTE = "/hello/<username>"
 ROUTES: dict[str, dict[str, Callable[..., Response]]] = {
     USER_ROUTE: {"GET": get_hello, "PUT": put_hello},
@@ -249,7 +236,6 @@ ROUTES: dict[str, dict[str, Callable[..., Response]]] = {
     "/readyz": {"GET": get_readyz},
     "/openapi.yaml": {"GET": lambda environ: Response(200, OPENAPI, "application/yaml")},  # RFC 9512
 }
-STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
 UNAVAILABLE = (503, "The database does not answer: try again in a second.", ("Retry-After", "1"))
 
 
@@ -277,12 +263,12 @@ def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iter
         response = error.response
     except Exception as error:  # a defect: its text may hold personal data, its location does not
         location = traceback.extract_tb(error.__traceback__)[-1]
-        LOG.error("%s in %s, line %s", type(error).__name__, location.filename, location.lineno)
+        logging.getLogger("hello").error("%s in %s", type(error).__name__, location)
         response = message_response(*UNAVAILABLE)
     headers = [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), *response.headers]
     if response.content is not None:
         headers += [("Content-Type", response.content_type), ("Content-Length", str(len(response.content)))]
-    start_response(STATUS_LINES[response.status], headers)
+    start_response(f"{response.status} {responses[response.status]}", headers)
     return [] if response.content is None or environ["REQUEST_METHOD"] == "HEAD" else [response.content]
 
 
@@ -299,7 +285,6 @@ class Connection(extensions.connection):
 
     offset = 0  # with which server of PGHOST the next attempt to connect begins
     writer, writer_since = "", 0.0  # which server takes the writes
-    blocked_until = 0.0  # for writes, because a standby is missing
 
     def __init__(self, deadline: float, dsn: str, **arguments: Any) -> None:
         self.offset, self.deadline, self.opened = Connection.offset, deadline, monotonic()
@@ -333,9 +318,6 @@ def wait(connection: extensions.connection) -> None:
             raise TimeoutError(f"no answer within {deadline - start:.1f} s")
 
 
-extensions.set_wait_callback(wait)
-
-
 def servers(deadline: float) -> dict[str, str]:
     """Return libpq's host, hostaddr and port. It would look names up itself, but block the process for each."""
     hosts, ports = (os.environ.get(name, "").split(",") for name in ("PGHOST", "PGPORT"))
@@ -366,9 +348,9 @@ def connect(until: float) -> Connection:
     if not os.environ.get("PGHOSTADDR") and not os.environ.get("PGSERVICE"):
         options |= servers(deadline)
     try:
-        return psycopg2.connect(None, partial(Connection, deadline), **options)
+        return cast(Connection, psycopg2.connect(None, partial(Connection, deadline), **options))
     except TimeoutError:
-        if "," not in options.get("host", "") or monotonic() + CONNECT_TIMEOUT > until:
+        if monotonic() + CONNECT_TIMEOUT > until:
             raise
     return connect(until)
 
@@ -382,17 +364,14 @@ def usable(connection: Connection | None, until: float, *, writes: bool) -> Conn
         if follows and not poller.poll(0):
             return connection
         connection.close()
-    if not writes:
-        return connect(until)
-    if monotonic() >= Connection.blocked_until:
-        connection = connect(until)
-        if not connection.waiting_commits:
-            if connection.server != Connection.writer:
-                Connection.writer, Connection.writer_since = connection.server, connection.opened
-            return connection
-        Connection.blocked_until = monotonic() + CONNECT_TIMEOUT
+    connection = connect(until)
+    if writes and connection.waiting_commits:
         connection.leave()
-    raise psycopg2.OperationalError("earlier writes still wait for a synchronous standby")
+        sleep(CONNECT_TIMEOUT)  # before the next connection is opened
+        raise psycopg2.OperationalError("earlier writes still wait for a synchronous standby")
+    if writes and connection.server != Connection.writer:
+        Connection.writer, Connection.writer_since = connection.server, connection.opened
+    return connection
 
 
 def find(cursor: Any, usernames: list[str]) -> list[date | None]:
@@ -407,21 +386,20 @@ def save(cursor: Any, rows: list[tuple[str, date]]) -> list[None]:
     connection, unique = cursor.connection, sorted(dict(rows).items())
     connection.notices.clear()
     statement = SAVE_DATES_OF_BIRTH.format(rows=", ".join(["%s"] * len(unique)))
-    with suppress(errors.DivisionByZero):
+    try:
         cursor.execute(statement, (round(STATEMENT_TIMEOUT * 1000), *unique, connection.deadline + connection.clock))
         if not connection.notices:
             return [None] * len(rows)
+    except psycopg2.Error as error:
+        if error.pgcode is None:
+            raise ConnectionResetError("the connection was lost") from None
+        if not isinstance(error, errors.DivisionByZero):
+            raise
     connection.close()  # a new one reads the server's clock again
     raise psycopg2.OperationalError("the statement was late, or no standby confirmed its commit")
 
 
-class Batch:
-    """Rows that share a statement, and what came of each: a result or an exception."""
-
-    def __init__(self) -> None:
-        self.began, self.done = monotonic(), threading.Event()
-        self.rows: list[Any] = []
-        self.results: list[Any] = []
+Batch = namedtuple("Batch", "began done rows results")  # a result is one of the statement or an exception
 
 
 class Batcher:
@@ -443,12 +421,12 @@ class Batcher:
     def __call__(self, row: Any) -> Any:
         """Return the statement's result for a row; raise HTTPError (503)."""
         with self.lock:
-            batch = self.waiting[-1] if self.waiting else Batch()
+            batch = self.waiting[-1] if self.waiting else None
             # Rows join only soon after the first one: all give up when that has waited for QUEUE_TIMEOUT.
-            if len(batch.rows) >= BATCH_SIZE or monotonic() - batch.began > QUEUE_TIMEOUT / 10:
-                batch = Batch()
-            if not (index := len(batch.rows)):
+            if not batch or len(batch.rows) >= BATCH_SIZE or monotonic() - batch.began > QUEUE_TIMEOUT / 10:
+                batch = Batch(monotonic(), threading.Event(), [], [])
                 self.waiting.append(batch)
+            index = len(batch.rows)
             batch.rows.append(row)
         if index == 0:
             self.lead(batch)
@@ -465,10 +443,13 @@ class Batcher:
             finally:
                 with self.lock:
                     self.waiting.remove(batch)
+            deadline = monotonic() + DATABASE_TIMEOUT
             try:
-                connection, batch.results = self.run(connection, batch.rows, monotonic() + DATABASE_TIMEOUT)
+                connection, batch.results[:] = self.run(connection, batch.rows, deadline)
             finally:
                 self.idle.put(connection)
+            if any(isinstance(result, ConnectionResetError) for result in batch.results):
+                sleep(max(0, deadline - monotonic()))  # until Postgres refuses the write, so that a 503 is final
         except Empty:
             pass
         finally:  # also if the WSGI server ends this request
@@ -496,28 +477,26 @@ class Batcher:
         return connection, results
 
 
+extensions.set_wait_callback(wait)
 find_date_of_birth = Batcher(find)
 save_date_of_birth = Batcher(save)
-
-# --- Commands ---------------------------------------------------------------------------------------
 
 
 def init_db() -> None:
     """Apply schema.sql once the database answers; print what it waits for, and exit with it after INIT_TIMEOUT."""
-    schema, deadline, printed = Path(__file__).with_name("schema.sql").read_text(), monotonic() + INIT_TIMEOUT, ""
+    schema, deadline, reason = Path(__file__).with_name("schema.sql").read_text(), monotonic() + INIT_TIMEOUT, ""
     while True:
         try:
-            connection = connect(deadline)
+            connection = connect(monotonic())
             connection.deadline = deadline
             return connection.cursor().execute(schema)
         except (psycopg2.Error, TimeoutError) as error:
             where = " ".join(f"{name}={os.environ.get(name, '')}" for name in ("PGHOST", "PGPORT", "PGDATABASE"))
-            reason = f"{str(error).splitlines()[0]} ({where})"  # the other lines may quote rows
+            printed, reason = reason, f"{str(error).splitlines()[0]} ({where})"  # the other lines may quote rows
         if monotonic() + 1 > deadline:
             sys.exit(f"init-db: {reason}")
         if reason != printed:
             print("init-db waits:", reason, file=sys.stderr, flush=True)
-        printed = reason
         sleep(1)
 
 

@@ -1,0 +1,346 @@
+"""How hello.py uses Postgres: what is sent, how often, to which server, and what a 204 is worth."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from psycopg2 import extensions
+from webtest import TestApp
+
+import hello
+from tests.support.fault_proxy import FaultProxy
+from tests.support.network import free_port
+from tests.support.postgres import Database
+from tests.support.wait import in_thread, wait_until
+
+CONTENT = b'{"dateOfBirth": "1990-05-17"}'
+BATCHERS = (hello.find_date_of_birth, hello.save_date_of_birth)
+
+
+def disconnect() -> None:
+    """Close the idle connections of hello.py."""
+    for batcher in BATCHERS:
+        if connection := batcher.idle.get(timeout=10):
+            connection.close()
+        batcher.idle.put(None)
+
+
+@pytest.fixture
+def app(table: Database) -> Iterator[TestApp]:
+    """The application, with new connections for this test."""
+    disconnect()
+    yield TestApp(hello.application)
+    disconnect()
+
+
+@pytest.fixture
+def proxy(app: TestApp, table: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """A proxy in front of the database that the application uses, with connections open through it."""
+    with FaultProxy(table.port) as proxy:
+        monkeypatch.setenv("PGHOST", "127.0.0.1")
+        monkeypatch.setenv("PGPORT", str(proxy.port))
+        assert put(app, "Zoe", "1990-01-01") == 204
+        app.get("/hello/Zoe", status=200)
+        yield proxy
+        disconnect()
+
+
+def put(app: TestApp, username: str, born: str = "1990-05-17") -> int:
+    return int(app.put_json(f"/hello/{quote(username)}", {"dateOfBirth": born}, expect_errors=True).status_int)
+
+
+def get(app: TestApp, username: str) -> int:
+    return int(app.get(f"/hello/{quote(username)}", expect_errors=True).status_int)
+
+
+def idle_connection(batcher: hello.Batcher) -> hello.Connection:
+    """Return a batcher's idle connection, which stays in its place."""
+    connection = batcher.idle.get(timeout=10)
+    batcher.idle.put(connection)
+    assert connection is not None
+    return connection
+
+
+def timed(call: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    start = time.monotonic()
+    return call(*arguments), time.monotonic() - start
+
+
+# --- A write is sent once, and a late one undoes itself ---------------------------------------------
+
+
+@pytest.mark.parametrize("delay", [0.1, 0.5, 1.2])  # shorter and longer than DATABASE_TIMEOUT
+def test_put_that_reaches_postgres_late_does_not_overwrite_one_acknowledged_after_it_was_answered(
+    app: TestApp, table: Database, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, delay: float
+) -> None:
+    monkeypatch.setattr(hello, "DATABASE_TIMEOUT", 1)
+    proxy.hold()
+    first = in_thread(put, app, "Zoe", "1991-01-01")
+    wait_until(lambda: proxy.held)
+    proxy.cut()
+    is_late = threading.Timer(delay, lambda: None)
+    is_late.start()
+    assert first.result(10) == 503
+    assert put(app, "Zoe", "1992-01-01") == 204
+    is_late.join()
+    proxy.deliver()
+    assert table.rows() == {"Zoe": date(1992, 1, 1)}
+
+
+def test_put_whose_reply_is_lost_is_503_and_is_not_sent_again(app: TestApp, table: Database, proxy: FaultProxy) -> None:
+    monkeypatch.setattr(hello, "DATABASE_TIMEOUT", 0.5)
+    with counted_writes(table) as writes:
+        proxy.drop_replies()
+        assert put(app, "Adam") == 503
+        proxy.heal()
+        wait_until(lambda: "Adam" in table.rows())
+        assert writes() == 1
+
+
+@contextlib.contextmanager
+def counted_writes(table: Database) -> Iterator[Callable[[], int]]:
+    """Count the rows that statements write to the table, and undo that afterwards."""
+    table.query("CREATE SEQUENCE writes")
+    table.query(
+        "CREATE FUNCTION count_write() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$BEGIN PERFORM nextval('writes'); RAISE NOTICE 'counted'; RETURN NEW; END$$"
+    )
+    table.query("CREATE TRIGGER count_write BEFORE INSERT ON users FOR EACH ROW EXECUTE FUNCTION count_write()")
+    try:
+        yield lambda: int(table.query("SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM writes")[0][0])
+    finally:
+        table.query("DROP TRIGGER count_write ON users")
+        table.query("DROP FUNCTION count_write")
+        table.query("DROP SEQUENCE writes")
+
+
+@pytest.mark.parametrize("seconds_frozen", [0.3, 1.2])  # shorter and longer than DATABASE_TIMEOUT
+def test_put_of_a_frozen_backend_does_not_overwrite_one_acknowledged_after_it_was_answered(
+    app: TestApp, table: Database, monkeypatch: pytest.MonkeyPatch, seconds_frozen: float
+) -> None:
+    monkeypatch.setattr(hello, "DATABASE_TIMEOUT", 1)
+    assert put(app, "Zoe", "1990-01-01") == 204
+    pid = idle_connection(hello.save_date_of_birth).info.backend_pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        first = in_thread(put, app, "Zoe", "1991-01-01")
+        time.sleep(seconds_frozen)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    status = first.result(10)
+    assert put(app, "Zoe", "1992-01-01") == 204
+    wait_until(lambda: status == 204 or not table.query("SELECT FROM pg_stat_activity WHERE pid = %s", pid))
+    assert status == (204 if seconds_frozen < hello.DATABASE_TIMEOUT else 503)
+    assert table.rows() == {"Zoe": date(1992, 1, 1)}
+
+
+def test_put_whose_wait_for_a_lock_ends_after_its_deadline_writes_nothing(
+    app: TestApp, table: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hello, "STATEMENT_TIMEOUT", 30)
+    monkeypatch.setattr(hello, "DATABASE_TIMEOUT", 0.5)
+    table.query("INSERT INTO users VALUES ('Zoe', '1990-01-01')")
+    with table.locked("SELECT FROM users WHERE username = 'Zoe' FOR UPDATE"):
+        assert put(app, "Zoe", "1991-01-01") == 503
+        assert put(app, "Adam") == 204
+    wait_until(lambda: not table.query("SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
+    assert table.rows() == {"Zoe": date(1990, 1, 1), "Adam": date(1990, 5, 17)}
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+def test_connection_that_died_while_idle_is_replaced_unnoticed(app: TestApp, table: Database, method: str) -> None:
+    assert (put(app, "Zoe"), get(app, "Zoe")) == (204, 200)
+    table.query("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'hello'")
+    if method == "GET":
+        assert get(app, "Zoe") == 200
+    else:
+        assert put(app, "Zoe", "1980-01-01") == 204
+        assert table.rows() == {"Zoe": date(1980, 1, 1)}
+
+
+def test_get_whose_connection_is_cut_in_flight_is_503_at_once(app: TestApp, proxy: FaultProxy) -> None:
+    proxy.hold()
+    first = in_thread(timed, get, app, "Zoe")
+    wait_until(lambda: proxy.held)
+    proxy.cut()
+    status, seconds = first.result(10)
+    assert status == 503
+    assert seconds < hello.DATABASE_TIMEOUT
+    assert get(app, "Zoe") == 200
+
+
+# --- Messages of Postgres ---------------------------------------------------------------------------
+
+
+def test_notice_of_a_trigger_is_no_failure(app: TestApp, table: Database) -> None:
+    with counted_writes(table) as writes:
+        assert put(app, "Zoe") == 204
+        assert writes() == 1
+    assert table.rows() == {"Zoe": date(1990, 5, 17)}
+
+
+def test_warning_at_the_login_is_no_failure(app: TestApp, table: Database) -> None:
+    table.query("CREATE FUNCTION warn() RETURNS event_trigger LANGUAGE plpgsql AS $$BEGIN RAISE WARNING 'a'; END$$")
+    table.query("CREATE EVENT TRIGGER warn ON login EXECUTE FUNCTION warn()")
+    try:
+        assert (put(app, "Zoe"), put(app, "Adam")) == (204, 204)
+    finally:
+        table.query("DROP EVENT TRIGGER warn")
+        table.query("DROP FUNCTION warn")
+    assert sorted(table.rows()) == ["Adam", "Zoe"]
+
+
+def test_warning_of_the_commit_is_503(app: TestApp, table: Database) -> None:
+    waiting = "FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+    with table.set(synchronous_standby_names="absent"):
+        first = in_thread(put, app, "Zoe")
+        wait_until(lambda: table.query(f"SELECT pg_cancel_backend(pid) {waiting}"))
+        assert first.result(10) == 503
+    assert table.rows() == {"Zoe": date(1990, 5, 17)}  # on one server, without its standby
+
+
+@pytest.mark.parametrize("role_setting", ["client_min_messages = error", "lc_messages = 'C'"])
+def test_warning_of_the_commit_is_503_whatever_the_role_lets_through(
+    app: TestApp, table: Database, role_setting: str
+) -> None:
+    table.query(f"ALTER ROLE postgres SET {role_setting}")
+    try:
+        test_warning_of_the_commit_is_503(app, table)
+    finally:
+        table.query(f"ALTER ROLE postgres RESET {role_setting.partition(' ')[0]}")
+
+
+def test_standby_that_is_missing_costs_one_connection_and_then_puts_are_503_at_once(
+    app: TestApp, table: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hello, "DATABASE_TIMEOUT", 0.3)
+    monkeypatch.setattr(hello, "CONNECT_TIMEOUT", 0.3)
+    sessions = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'hello'"
+    with table.set(synchronous_standby_names="absent"):
+        assert put(app, "Zoe") == 503
+        wait_until(lambda: waiting_commits(table))
+        for _ in range(10):
+            status, seconds = timed(put, app, "Adam")
+            assert status == 503
+        assert seconds < 0.3
+        assert get(app, "Zoe") == 404  # its commit is not visible yet
+        assert table.query(sessions)[0][0] <= 3
+    wait_until(lambda: put(app, "Adam") == 204)
+    assert sorted(table.rows()) == ["Adam", "Zoe"]
+
+
+def waiting_commits(table: Database) -> int:
+    """Return how many commits wait for a standby for longer than DATABASE_TIMEOUT."""
+    with contextlib.closing(table.connect()) as connection, connection.cursor() as cursor:
+        cursor.execute(hello.ON_CONNECT, (hello.DATABASE_TIMEOUT,))
+        return int(cursor.fetchone()[2])
+
+
+# --- Sessions ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+def test_locked_table_is_503_with_retry_after(
+    app: TestApp, table: Database, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr(hello, "STATEMENT_TIMEOUT", 0.2)
+    with table.locked("LOCK TABLE users"):
+        response = app.request("/hello/Zoe", method=method, body=CONTENT if method == "PUT" else b"", status=503)
+    assert "try again" in response.json["message"]
+    assert response.headers["Retry-After"] == "1"
+    assert table.rows() == {}
+
+
+def test_read_only_database_refuses_put_and_serves_get(app: TestApp, table: Database) -> None:
+    assert put(app, "Zoe") == 204
+    with table.set(default_transaction_read_only="on"):
+        assert put(app, "Adam") == 503
+        assert get(app, "Zoe") == 200
+    wait_until(lambda: put(app, "Adam") == 204)
+    assert sorted(table.rows()) == ["Adam", "Zoe"]
+
+
+def test_client_encoding_of_the_environment_does_not_matter(
+    app: TestApp, table: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
+    assert put(app, "名前") == 204
+    monkeypatch.delenv("PGCLIENTENCODING")
+    assert list(table.rows()) == ["名前"]
+
+
+def test_statements_leave_nothing_behind_in_the_session(app: TestApp, table: Database) -> None:
+    assert (put(app, "Zoe"), get(app, "Zoe")) == (204, 200)
+    settings = "SELECT current_setting('statement_timeout'), current_setting('client_min_messages')"
+    for batcher in BATCHERS:
+        connection = idle_connection(batcher)
+        connection.deadline = time.monotonic() + 10
+        with connection.cursor() as cursor:
+            cursor.execute(f"{settings}, (SELECT count(*) FROM pg_prepared_statements)")
+            assert cursor.fetchone() == ("0", "notice", 0)
+        assert connection.info.transaction_status == extensions.TRANSACTION_STATUS_IDLE
+
+
+def test_connections_are_as_many_as_the_formula_says(app: TestApp, table: Database) -> None:
+    calls = [in_thread(put, app, "Zoe") for _ in range(32)] + [in_thread(get, app, "Zoe") for _ in range(32)]
+    assert {call.result(30) for call in calls} <= {200, 204, 404}
+    count = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'hello'"
+    assert table.query(count) == [(2 * hello.DATABASE_CONNECTIONS,)]
+
+
+@pytest.fixture
+def pgbouncer(table: Database) -> Iterator[int]:
+    """The port of a PgBouncer in transaction mode."""
+    program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        pytest.skip("PgBouncer is not installed: on Debian, apt-get install pgbouncer")
+    port, folder = free_port(), Path(tempfile.mkdtemp(prefix="hello-"))
+    folder.chmod(0o755)  # PgBouncer does not run as root
+    (folder / "pgbouncer.ini").write_text(
+        f"[databases]\npostgres = host={table.sockets_folder} port={table.port} user=postgres\n"
+        f"[pgbouncer]\nauth_type = any\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n"
+        "pool_mode = transaction\ndefault_pool_size = 2\n"
+    )
+    user = ["-u", "nobody"] if os.geteuid() == 0 else []
+    with subprocess.Popen([program, *user, folder / "pgbouncer.ini"], stderr=subprocess.DEVNULL) as process:
+        yield port
+        process.terminate()
+    shutil.rmtree(folder)
+
+
+def test_pgbouncer_in_transaction_mode_serves_put_and_get(
+    app: TestApp, table: Database, monkeypatch: pytest.MonkeyPatch, pgbouncer: int
+) -> None:
+    monkeypatch.setenv("PGHOST", "127.0.0.1")
+    monkeypatch.setenv("PGPORT", str(pgbouncer))
+    wait_until(lambda: put(app, "Zoe") == 204)
+    puts = [in_thread(put, app, name) for name in ("Adam", "Eve", "Kim")]
+    assert [call.result(30) for call in puts] == [204] * 3
+    assert get(app, "Zoe") == 200
+    disconnect()
+    assert sorted(table.rows()) == ["Adam", "Eve", "Kim", "Zoe"]
+
+
+def test_defect_is_503_and_logged_without_its_text(
+    app: TestApp, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(username: str) -> None:
+        raise ZeroDivisionError(username)
+
+    monkeypatch.setattr(hello, "find_date_of_birth", fail)
+    response = app.get("/hello/Zoe", status=503)
+    assert response.headers["Retry-After"] == "1"
+    assert "Zoe" not in response.text
+    assert "ZeroDivisionError" in caplog.text
+    assert "Zoe" not in caplog.text

@@ -1,0 +1,111 @@
+"""To which of the hosts in PGHOST hello.py connects."""
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import psycopg2
+import pytest
+
+import hello
+from tests.support.network import LOOPBACK, free_port, silent_port
+from tests.support.postgres import Database
+from tests.support.wait import in_thread
+
+
+@pytest.fixture(autouse=True)
+def first_host_first(table: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each test begin with the first host."""
+    monkeypatch.setattr(hello.Connection, "offset", 0)
+
+
+@pytest.fixture
+def slow_names(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the lookup of names that end in .slow take three seconds."""
+    look_up = socket.getaddrinfo
+
+    def slow(host: str, *arguments: Any, **options: Any) -> Any:
+        if host.endswith(".slow"):
+            time.sleep(3)
+        return look_up(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    yield
+    hello.lookups.clear()
+
+
+def set_hosts(monkeypatch: pytest.MonkeyPatch, hosts: str, *ports: int) -> None:
+    monkeypatch.setenv("PGHOST", hosts)
+    monkeypatch.setenv("PGPORT", ",".join(map(str, ports)))
+
+
+@pytest.mark.parametrize(
+    "hosts", ["localhost", "127.0.0.1,localhost", "no-such-host.invalid,localhost", "::1,127.0.0.1", "db..x,127.0.0.1"]
+)
+def test_host_that_can_be_reached_is_used(table: Database, monkeypatch: pytest.MonkeyPatch, hosts: str) -> None:
+    set_hosts(monkeypatch, hosts, table.port)
+    with closing(hello.connect(0)) as connection:
+        assert connection.info.host in hosts.split(",")
+
+
+@pytest.mark.parametrize("hosts", ["no-such-host.invalid", "db..example", "\udcff", "x" * 64 + ".example"])
+def test_host_without_an_address_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch, hosts: str) -> None:
+    monkeypatch.setenv("PGHOST", hosts)
+    with pytest.raises(psycopg2.OperationalError, match="has no address"):
+        hello.connect(0)
+
+
+@pytest.mark.usefixtures("slow_names")
+def test_host_that_no_name_server_answers_for_leaves_time_for_the_next(
+    table: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_hosts(monkeypatch, "one.slow,two.slow,127.0.0.1", table.port)
+    for _ in range(5):
+        start = time.monotonic()
+        with closing(hello.connect(0)) as connection:
+            assert connection.info.host == LOOPBACK
+        assert time.monotonic() - start < hello.CONNECT_TIMEOUT
+
+
+@pytest.mark.usefixtures("slow_names")
+def test_only_host_that_no_name_server_answers_for_takes_no_longer_than_connect_timeout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PGHOST", "one.slow")
+    start = time.monotonic()
+    with pytest.raises(psycopg2.OperationalError):
+        hello.connect(0)
+    assert time.monotonic() - start < 2 * hello.CONNECT_TIMEOUT
+
+
+@pytest.mark.usefixtures("slow_names")
+def test_name_is_looked_up_once_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hello, "CONNECT_TIMEOUT", 0.2)
+    monkeypatch.setenv("PGHOST", "one.slow")
+    for _ in range(3):
+        with pytest.raises(psycopg2.OperationalError):
+            hello.connect(0)
+    assert list(hello.lookups) == ["one.slow"]
+    assert not hello.lookups["one.slow"].done()
+
+
+def test_host_that_refuses_is_passed_over_at_once(table: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_hosts(monkeypatch, "127.0.0.1,127.0.0.1", free_port(), table.port)
+    with closing(hello.connect(0)) as connection:
+        assert connection.info.port == table.port
+
+
+def test_host_that_does_not_answer_is_passed_over_by_the_next_attempt(
+    table: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hello, "CONNECT_TIMEOUT", 0.3)
+    with silent_port() as port:
+        set_hosts(monkeypatch, "127.0.0.1,127.0.0.1", port, table.port)
+        attempts = [in_thread(hello.connect, 0) for _ in range(2)]  # both begin with the first host
+        for attempt in attempts:
+            with pytest.raises(TimeoutError, match=r"no answer within 0\.\d s"):
+                attempt.result(10)
+        with closing(hello.connect(0)) as connection:
+            assert connection.info.port == table.port
