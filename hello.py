@@ -1,12 +1,8 @@
 """Store dates of birth and tell how long it is until the birthday: a WSGI application (PEP 3333).
 
-Routes
-    PUT     /hello/<username>   {"dateOfBirth": "YYYY-MM-DD"}: save or replace it, 204
-    GET     /hello/<username>   200 {"message": "Hello, <username>! Your birthday is in N day(s)"}
-    GET     /livez              200 while the process answers; it does not use the database
-    GET     /readyz             200 while the database answers, else 503
-    GET     /openapi.yaml       200, the description of this interface (OpenAPI 3.1)
-    HEAD and OPTIONS work on each. Every error is {"message": "<what is wrong and what would be right>"}.
+PUT /hello/<username> with {"dateOfBirth": "YYYY-MM-DD"} saves or replaces it and answers 204. GET /hello/<username>
+answers {"message": "Hello, <username>! Your birthday is in N day(s)"}. ROUTES lists all paths; HEAD and OPTIONS work on
+each. Every error is {"message": "<what is wrong and what would be right>"}.
 
 Run it with `gunicorn hello:application`, or with `python hello.py` on the standard library's server; `python hello.py
 init-db` applies schema.sql. Settings are the environment variables below and those of libpq (PGHOST, PGUSER, ...).
@@ -31,7 +27,7 @@ from http.client import responses
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from time import monotonic, sleep
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 from wsgiref.simple_server import make_server
 from wsgiref.types import StartResponse, WSGIEnvironment
 from zoneinfo import ZoneInfo
@@ -43,12 +39,11 @@ __version__ = "1.0.0"
 
 # --- Settings ---------------------------------------------------------------------------------------
 
-Value = TypeVar("Value", int, float, str, ZoneInfo)
 Setting = namedtuple("Setting", "default unit minimum meaning")  # a unit is "s" for seconds or "" for none
 SETTINGS: dict[str, Setting] = {}
 
 
-def setting(kind: Callable[[str], Value], name: str, *declaration: Any) -> Value:
+def setting(kind: Callable[[str], Any], name: str, *declaration: Any) -> Any:
     """Declare a setting and return its value; exit with one line if that is unusable."""
     default, _, minimum, meaning = SETTINGS[name] = Setting(*declaration)
     text = os.environ.get(name) or default
@@ -70,25 +65,23 @@ CONNECT_TIMEOUT = setting(float, "CONNECT_TIMEOUT", "1", "s", 0.001, "time that 
 STATEMENT_TIMEOUT = setting(float, "STATEMENT_TIMEOUT", "1", "s", 0.001, "time that Postgres may work on a statement")
 DATABASE_TIMEOUT = setting(float, "DATABASE_TIMEOUT", "3", "s", 0.001, "time for connecting and a statement together")
 INIT_TIMEOUT = setting(float, "INIT_TIMEOUT", "60", "s", 0.001, "time that init-db waits for the database")
-
 MAX_CONTENT_BYTES = 4096
 MAX_USERNAME_LETTERS = 255
 MAX_USERNAME_BYTES = 2500  # an entry of Postgres' index holds 2,704
 EXAMPLE = '{"dateOfBirth": "YYYY-MM-DD"}'
+encode_json = json.JSONEncoder(ensure_ascii=False).encode
 OPENAPI = Path(__file__).with_name("openapi.yaml").read_bytes()
 
 # --- SQL --------------------------------------------------------------------------------------------
 
 # Each is one message, so one transaction. SET LOCAL leaves nothing behind in a session that PgBouncer may share.
-FIND_DATES_OF_BIRTH = """
-    SET LOCAL statement_timeout = %s;
-    SELECT username, date_of_birth FROM users WHERE username = ANY(%s)
-"""
+FIND_DATES_OF_BIRTH = (
+    "SET LOCAL statement_timeout = %s; SELECT username, date_of_birth FROM users WHERE username = ANY(%s)"
+)
 # The SELECT divides by zero, which undoes the INSERT, if it is late: a statement that the service gave up must not
 # overwrite what it acknowledged later. It stands behind the INSERT to read the clock when the rows are locked.
 SAVE_DATES_OF_BIRTH = """
-    SET LOCAL statement_timeout = %s;
-    SET LOCAL client_min_messages = error;
+    SET LOCAL statement_timeout = %s; SET LOCAL client_min_messages = error;
     INSERT INTO users (username, date_of_birth) VALUES {rows}
     ON CONFLICT (username) DO UPDATE SET date_of_birth = EXCLUDED.date_of_birth;
     SET LOCAL client_min_messages = warning;
@@ -98,12 +91,10 @@ SAVE_DATES_OF_BIRTH = """
 ON_CONNECT = """
     SELECT extract(epoch FROM clock_timestamp())::float8, concat(inet_server_addr(), ' ', pg_postmaster_start_time()),
         (SELECT count(*) FROM pg_stat_activity WHERE usename = current_user AND wait_event = 'SyncRep'
-            AND clock_timestamp() - query_start > %s * interval '1 second')
-"""
+            AND clock_timestamp() - query_start > %s * interval '1 second')"""
+
 
 # --- Birthday rule ----------------------------------------------------------------------------------
-
-
 def today() -> date:
     """Return today in the service's time zone."""
     return datetime.now(TZ).date()
@@ -124,10 +115,6 @@ def days_until_birthday(born: date, on: date) -> int:
 
 
 # --- Requests and responses -------------------------------------------------------------------------
-
-encode_json = json.JSONEncoder(ensure_ascii=False).encode
-
-
 class Response(NamedTuple):
     """A status code, content and its media type (None for no content), and additional headers."""
 
@@ -143,11 +130,7 @@ def message_response(status: int, message: str, *headers: tuple[str, str]) -> Re
 
 
 class HTTPError(Exception):
-    """A response that says what is wrong and what would be right."""
-
-    def __init__(self, status: int, message: str, *headers: tuple[str, str]) -> None:
-        super().__init__(status)
-        self.response = message_response(status, message, *headers)
+    """Another response than the requested one; the arguments are those of message_response."""
 
 
 def parse_username(text: str) -> str:
@@ -204,12 +187,9 @@ def parse_date_of_birth(document: dict[str, Any]) -> date:
 
 
 # --- Handlers, routing, application -----------------------------------------------------------------
-
-
 def get_hello(environ: WSGIEnvironment, username: str) -> Response:
     """Return the greeting with the days until the birthday: 200, 404."""
-    born = find_date_of_birth(username)
-    if born is None:
+    if (born := find_date_of_birth(username)) is None:
         raise HTTPError(404, "No date of birth is saved for this username: PUT it first.")
     days = days_until_birthday(born, today())
     wish = f"Your birthday is in {days} day(s)" if days else "Happy birthday!"
@@ -260,10 +240,10 @@ def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iter
     try:
         response = route(environ)
     except HTTPError as error:
-        response = error.response
+        response = message_response(*error.args)
     except Exception as error:  # a defect: its text may hold personal data, its location does not
-        location = traceback.extract_tb(error.__traceback__)[-1]
-        logging.getLogger("hello").error("%s in %s", type(error).__name__, location)
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        logging.getLogger("hello").error("%s in %s, line %s", type(error).__name__, where.filename, where.lineno)
         response = message_response(*UNAVAILABLE)
     headers = [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), *response.headers]
     if response.content is not None:
@@ -276,6 +256,7 @@ def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iter
 
 # Errors that one row of a batch can cause (QueryCanceled: by a lock on it). They undo the whole batch.
 ROW_ERRORS = (psycopg2.DataError, psycopg2.IntegrityError, errors.QueryCanceled, ValueError)
+Batch = namedtuple("Batch", "began done rows results")  # a result is one of the statement or an exception
 resolver = futures.ThreadPoolExecutor(16)
 lookups: dict[str, "futures.Future[Any]"] = {}  # of host names, at most one at a time for each
 
@@ -307,8 +288,7 @@ class Connection(extensions.connection):
 
 def wait(connection: extensions.connection) -> None:
     """Wait until libpq can go on, where it would block; raise TimeoutError at the connection's deadline."""
-    start = monotonic()
-    deadline = getattr(connection, "deadline", start + 3600)
+    start, deadline = monotonic(), getattr(connection, "deadline", monotonic() + 3600)
     while (state := connection.poll()) != extensions.POLL_OK:
         if state not in {extensions.POLL_READ, extensions.POLL_WRITE}:
             raise psycopg2.OperationalError("the connection failed")
@@ -343,10 +323,9 @@ def servers(deadline: float) -> dict[str, str]:
 def connect(until: float) -> Connection:
     """Open a connection with libpq's settings; if a server is silent, try the next one if it can answer by `until`."""
     deadline = monotonic() + CONNECT_TIMEOUT
-    options: dict[str, Any] = {"fallback_application_name": "hello", "client_encoding": "UTF8"}
+    options: dict[str, Any] = {} if os.environ.get("PGHOSTADDR") or os.environ.get("PGSERVICE") else servers(deadline)
+    options |= {"fallback_application_name": "hello", "client_encoding": "UTF8"}
     options["tcp_user_timeout"] = round(CONNECT_TIMEOUT * 1000)
-    if not os.environ.get("PGHOSTADDR") and not os.environ.get("PGSERVICE"):
-        options |= servers(deadline)
     try:
         return cast(Connection, psycopg2.connect(None, partial(Connection, deadline), **options))
     except TimeoutError:
@@ -360,8 +339,9 @@ def usable(connection: Connection | None, until: float, *, writes: bool) -> Conn
     if connection and not connection.closed:
         poller = select.poll()
         poller.register(connection, select.POLLIN)
-        follows = connection.server == Connection.writer or connection.opened >= Connection.writer_since
-        if follows and not poller.poll(0):
+        if (connection.server == Connection.writer or connection.opened >= Connection.writer_since) and not poller.poll(
+            0
+        ):
             return connection
         connection.close()
     connection = connect(until)
@@ -397,9 +377,6 @@ def save(cursor: Any, rows: list[tuple[str, date]]) -> list[None]:
             raise
     connection.close()  # a new one reads the server's clock again
     raise psycopg2.OperationalError("the statement was late, or no standby confirmed its commit")
-
-
-Batch = namedtuple("Batch", "began done rows results")  # a result is one of the statement or an exception
 
 
 class Batcher:
@@ -469,12 +446,10 @@ class Batcher:
                 connection.leave()
         finally:
             self.observe(self.name, len(rows), monotonic() - start, error)
-        results: list[Any] = [error] * len(rows)
-        if len(rows) > 1 and isinstance(error, ROW_ERRORS):
-            for index, row in enumerate(rows):
-                if connection and not connection.closed and monotonic() < deadline:
-                    connection, (results[index],) = self.run(connection, [row], deadline)
-        return connection, results
+        until = deadline if len(rows) > 1 and isinstance(error, ROW_ERRORS) else 0
+        return connection, [
+            self.run(connection, [row], deadline)[1][0] if monotonic() < until else error for row in rows
+        ]
 
 
 extensions.set_wait_callback(wait)
@@ -501,7 +476,4 @@ def init_db() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["init-db"]:
-        init_db()
-    else:
-        make_server(HOST, PORT, application).serve_forever()
+    init_db() if sys.argv[1:] == ["init-db"] else make_server(HOST, PORT, application).serve_forever()

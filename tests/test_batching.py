@@ -76,6 +76,7 @@ def test_request_alone_is_sent_at_once(app: TestApp, table: Database, statements
     assert table.rows() == {"Zoe": date(1990, 5, 17)}
 
 
+@pytest.mark.usefixtures("patient")
 def test_puts_that_wait_share_one_statement(app: TestApp, table: Database, statements: Statements) -> None:
     with table.locked(LOCK_WRITES):
         first = in_thread(put, app, "First")
@@ -118,6 +119,7 @@ def test_batch_holds_batch_size_at_most(
     assert sorted(table.rows()) == sorted(["First", *NAMES])
 
 
+@pytest.mark.usefixtures("patient")
 def test_puts_of_one_user_in_one_batch_store_the_last(app: TestApp, table: Database, statements: Statements) -> None:
     with table.locked(LOCK_WRITES):
         puts = [in_thread(put, app, "First")]
@@ -161,6 +163,7 @@ def test_put_of_a_locked_row_is_503_and_the_rest_of_its_batch_204(
     assert table.rows() == {"Locked": date(1990, 1, 1), "Adam": date(1990, 5, 17), "Zoe": date(1990, 5, 17)}
 
 
+@pytest.mark.usefixtures("patient")
 def test_error_of_one_row_fails_that_row_only(table: Database, statements: Statements) -> None:
     table.query("ALTER TABLE users DROP CONSTRAINT users_date_of_birth_has_four_digits")
     table.query("INSERT INTO users VALUES ('Zoe', '1990-05-17'), ('Late', '10000-01-01')")
@@ -183,6 +186,7 @@ def test_error_of_one_row_fails_that_row_only(table: Database, statements: State
     assert sorted(statements[2:]) == [("find", 1, ""), ("find", 1, "ValueError")]
 
 
+@pytest.mark.usefixtures("patient")
 def test_error_that_no_row_causes_fails_the_batch_after_one_statement(
     app: TestApp, table: Database, statements: Statements
 ) -> None:

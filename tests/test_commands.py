@@ -42,7 +42,7 @@ def test_unknown_time_zone_stops_the_start_with_one_line(zone: str) -> None:
 @pytest.mark.parametrize("name", [name for name, declared in hello.SETTINGS.items() if declared.minimum])
 @pytest.mark.parametrize("value", ["many", "-1", "0", "nan", "inf", "1e"])
 def test_unusable_number_stops_the_start_with_one_line(name: str, value: str) -> None:
-    result = run_hello("init-db", **{name: value})
+    result = run_hello("init-db", folder=ROOT, **{name: value})
     assert result.returncode == 1
     assert result.stderr.startswith(f"{name}={value!r} cannot be used: ")
     assert result.stderr.count("\n") == 1
@@ -97,8 +97,8 @@ def test_init_db_again_keeps_the_rows(table: Database) -> None:
 def test_table_of_version_1_gets_constraints_that_keep_out_what_the_service_could_not_read(
     fresh_database: str, table: Database, row: str
 ) -> None:
-    where = {"host": table.sockets_folder, "port": table.port, "user": "postgres"}
-    with closing(psycopg2.connect(dbname=fresh_database, **where)) as connection, connection.cursor() as cursor:
+    where = f"host={table.sockets_folder} port={table.port} user=postgres dbname={fresh_database}"
+    with closing(psycopg2.connect(where)) as connection, connection.cursor() as cursor:
         connection.autocommit = True
         cursor.execute('CREATE TABLE users (username text COLLATE "C" PRIMARY KEY, date_of_birth date NOT NULL)')
         cursor.execute("INSERT INTO users VALUES ('Old', '10000-01-01')")
