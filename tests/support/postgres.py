@@ -196,9 +196,11 @@ class Database(Postgres):
         """Send SIGSTOP to every process of the server: the kernel accepts connections, nobody answers."""
         processes = self.processes()
         for process in processes:
-            process.suspend()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.suspend()
         try:
             yield
         finally:
             for process in processes:
-                process.resume()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.resume()
