@@ -5,8 +5,7 @@ if [ "$WITH_DATA" = yes ] && [ -e "$DATA/lock" ] && [ -x "$VENV/bin/python" ]; t
   "$VENV/bin/python" -m tools.processes "$DATA/lock" # fails while `make run` uses it, ends what a killed one left
 fi
 if docker info >/dev/null 2>&1; then
-  if [ "$WITH_DATA" = yes ]; then volumes=--volumes; fi
-  docker compose down --remove-orphans ${volumes:-}
+  docker compose down --remove-orphans "--volumes=$([ "$WITH_DATA" = yes ] && echo true || echo false)"
   docker image rm --force "hello:$VERSION" >/dev/null 2>&1 || true
 fi
 rm -rf __pycache__ .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.*
