@@ -61,7 +61,6 @@ def post_worker_init(worker: Any) -> None:
     gevent.get_hub().print_exception = logs.log_uncaught  # type: ignore[method-assign, assignment]
     if settings.TELEMETRY == "on":
         worker.wsgi = worker.telemetry = Telemetry(worker.wsgi, hello, worker.number)
-        worker.observe_refusal = worker.telemetry.observe_refusal
 
 
 def child_exit(server: Any, worker: Any) -> None:

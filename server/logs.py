@@ -22,7 +22,7 @@ from queue import SimpleQueue
 from select import PIPE_BUF
 from time import gmtime, sleep, strftime
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 from server import settings
 
@@ -35,14 +35,11 @@ STOP_SECONDS = 1.0  # how long a process that ends waits for its last lines to b
 # --- Form -------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=2)
-def utc(second: int) -> str:
-    return strftime("%Y-%m-%dT%H:%M:%S", gmtime(second))
-
-
-def timestamp(seconds: float) -> str:
-    """Return a time as RFC 3339 in UTC with milliseconds."""
-    return f"{utc(int(seconds))}.{int(seconds % 1 * 1000):03d}Z"
+@lru_cache(maxsize=8)  # under load, many lines share a millisecond
+def timestamp(milliseconds: int) -> str:
+    """Return a time since 1970 as RFC 3339 in UTC."""
+    seconds, rest = divmod(milliseconds, 1000)
+    return f"{strftime('%Y-%m-%dT%H:%M:%S', gmtime(seconds))}.{rest:03d}Z"
 
 
 def location(error: BaseException) -> str:
@@ -56,7 +53,7 @@ class Formatter(logging.Formatter):
     """Give the lines of gunicorn and of hello the form of those of requests."""
 
     def format(self, record: logging.LogRecord) -> str:
-        moment, level, message = timestamp(record.created), record.levelname.lower(), record.getMessage()
+        moment, level, message = timestamp(int(record.created * 1000)), record.levelname.lower(), record.getMessage()
         error = record.exc_info[1] if record.exc_info else None
         if IS_TEXT:
             return f"{moment} {level:8} {message}{': ' + location(error) if error else ''}"
@@ -64,34 +61,42 @@ class Formatter(logging.Formatter):
         return json.dumps(entry | {"exception": location(error)} if error else entry)
 
 
-class Request(NamedTuple):
-    """What is logged of a request; each word is of a closed set, or of an alphabet that needs no escaping in JSON."""
+# A request's template (see below), time in seconds since 1970, duration in seconds, bytes of content, request id and
+# trace id. A plain tuple: one is made for each request.
+RequestEntry = tuple[str, float, float, int, str, str]
 
-    time: float
-    method: str
-    route: str
-    status: str
-    seconds: float
-    size: int
-    request_id: str
-    trace_id: str
 
-    def line(self) -> str:
-        """Return its log line; that of a server error is a warning."""
-        moment, method, route, status, seconds, size, request_id, trace_id = self
-        level = "warning" if status[0] == "5" else "info"
-        if IS_TEXT:
-            trace = f" trace {trace_id}" if trace_id else ""
-            duration = f"{seconds * 1000:.1f} ms"
-            return (
-                f"{timestamp(moment)} {level:8} {method} {route} {status} {duration}, {size} bytes, {request_id}{trace}"
-            )
-        trace = f', "trace_id": "{trace_id}"' if trace_id else ""
-        return (
-            f'{{"time": "{timestamp(moment)}", "level": "{level}", "message": "request", "method": "{method}", '
-            f'"route": "{route}", "status": {status}, "duration_seconds": {seconds:.6f}, "bytes": {size}, '
-            f'"request_id": "{request_id}"{trace}}}'
-        )
+def request_line(entry: RequestEntry) -> str:
+    """Return the log line of a request."""
+    template, moment, seconds, size, request_id, trace_id = entry
+    if IS_TEXT:
+        trace, duration = f" trace {trace_id}" if trace_id else "", seconds * 1000
+    else:
+        trace, duration = f', "trace_id": "{trace_id}"' if trace_id else "", seconds
+    return template % (timestamp(int(moment * 1000)), duration, size, request_id, trace)
+
+
+def request_template(method: str, route: str, status: str) -> str:
+    """Return the template of the lines of a kind of requests; a server error is a warning.
+
+    Each word must be of a closed set, or of an alphabet that needs no escaping in JSON.
+    """
+    level = request_level(status)
+    if IS_TEXT:
+        return f"%s {level:8} {method} {route} {status} %.1f ms, %d bytes, %s%s"
+    return (
+        f'{{"time": "%s", "level": "{level}", "message": "request", "method": "{method}", "route": "{route}", '
+        f'"status": {status}, "duration_seconds": %.6f, "bytes": %d, "request_id": "%s"%s}}'
+    )
+
+
+def request_level(status: str) -> str:
+    return "warning" if status.startswith("5") else "info"
+
+
+def logs_requests(status: str) -> bool:
+    """Return whether LOG_LEVEL lets the lines of requests with a status through."""
+    return LOG.isEnabledFor(logging.getLevelName(request_level(status).upper()))
 
 
 # --- Writing ----------------------------------------------------------------------------------------
@@ -110,11 +115,11 @@ class LineWriter:
         atexit.register(self.close)
 
     def reset(self) -> None:
-        self.waiting: SimpleQueue[str | Request | None] = SimpleQueue()
+        self.waiting: SimpleQueue[str | RequestEntry | None] = SimpleQueue()
         self.dropped = 0
         self.finished: Any = None  # a lock, held by the thread while it runs
 
-    def add(self, line: "str | Request") -> None:
+    def add(self, line: str | RequestEntry) -> None:
         """Write a line soon; drop it where too many wait."""
         if self.waiting.qsize() >= MAX_WAITING_LINES:
             self.dropped += 1
@@ -131,15 +136,16 @@ class LineWriter:
         start_new_thread(self.run, (self.waiting, self.finished))
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def run(self, waiting: "SimpleQueue[str | Request | None]", finished: Any) -> None:
+    def run(self, waiting: "SimpleQueue[str | RequestEntry | None]", finished: Any) -> None:
         """Write lines until there is a None among them."""
         is_last = False
         while not is_last:
-            lines = [waiting.get()]
-            sleep(WRITE_SECONDS if lines[0] else 0)
-            lines += [waiting.get() for _ in range(waiting.qsize())]
-            is_last = None in lines
-            for piece in pieces(line if isinstance(line, str) else line.line() for line in lines if line):
+            entries = [waiting.get()]
+            sleep(WRITE_SECONDS if entries[0] else 0)
+            entries += [waiting.get() for _ in range(waiting.qsize())]
+            is_last = None in entries
+            lines = [entry if isinstance(entry, str) else request_line(entry) for entry in entries if entry]
+            for piece in pieces(lines):
                 with contextlib.suppress(OSError):  # nobody reads any more
                     os.write(self.descriptor, piece)
         finished.release()
@@ -151,16 +157,19 @@ class LineWriter:
             self.finished.acquire(timeout=STOP_SECONDS)
 
 
-def pieces(lines: Iterator[str]) -> Iterator[bytes]:
+def pieces(lines: list[str]) -> Iterator[bytes]:
     """Join lines to pieces of at most PIPE_BUF bytes: no other process can write into the middle of one."""
-    piece = b""
+    piece: list[str] = []
+    size = 0
     for line in lines:
-        data = line.encode(errors="backslashreplace") + b"\n"
-        if piece and len(piece) + len(data) > PIPE_BUF:
-            yield piece
-            piece = b""
-        piece += data
-    yield piece
+        length = 1 + (len(line) if line.isascii() else len(line.encode(errors="backslashreplace")))
+        if piece and size + length > PIPE_BUF:
+            yield "".join(piece).encode(errors="backslashreplace")
+            piece, size = [], 0
+        piece += (line, "\n")
+        size += length
+    if piece:
+        yield "".join(piece).encode(errors="backslashreplace")
 
 
 WRITER = LineWriter(sys.stdout.fileno())

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from random import getrandbits
 from time import perf_counter, process_time
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 import psycopg2
@@ -21,7 +21,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
 from server import settings
-from server.logs import LOG, WRITER, Request
+from server.logs import LOG, WRITER, logs_requests, request_template
 
 METRICS_PORT = str(settings.METRICS_PORT)  # as SERVER_PORT has it
 METHODS = {"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"}  # any other is "other"
@@ -152,6 +152,13 @@ class Outage:
 # --- The wrapper ------------------------------------------------------------------------------------
 
 
+class Kind(NamedTuple):
+    """What requests with the same method, route and status have in common."""
+
+    observe: Callable[[float], None]  # takes a duration in seconds
+    template: str | None  # of the log line; None where they are not logged
+
+
 class Telemetry:
     """The application with metrics, request ids and log lines around it.
 
@@ -165,18 +172,16 @@ class Telemetry:
         # By process id, the library would keep files of each worker that ever ran: client_python's issue 509.
         values.ValueClass = values.MultiProcessValue(lambda: number)  # type: ignore[no-untyped-call]
         self.application = application
-        self.logs_all = settings.LOG_LEVEL in {"debug", "info"}
-        self.logs_errors = self.logs_all or settings.LOG_LEVEL == "warning"
+        self.kinds: dict[tuple[str, str, str], Kind] = {}
         self.running = 0
         self.outage = Outage()
         self.metrics = Metrics(service.__version__)
         self.metrics.start_at_zero(service.USER_ROUTE)
-        self.series: dict[tuple[str, str, str], Callable[[float], None]] = {}
         self.pools = [service.find_date_of_birth, service.save_date_of_birth]
         self.statements = {}
         for pool in self.pools:
             metrics = self.metrics.queries.labels(pool.name), self.metrics.batches.labels(pool.name)
-            self.statements[pool.name] = tuple(metric.observe for metric in metrics)
+            self.statements[pool.name] = metrics[0].observe, metrics[1].observe
             self.metrics.pool_size.labels(pool.name).set(pool.slots)
             pool.observe = self.statement
         threading.Thread(target=self.sample, daemon=True).start()
@@ -192,7 +197,7 @@ class Telemetry:
         def start_with_id(line: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
             nonlocal status
             status = line[:3]
-            headers.append(("X-Request-Id", request_id))  # which PEP 3333 allows a server
+            headers.append(("X-Request-Id", request_id))  # PEP 3333 lets a server change the list
             return start_response(line, headers, exc_info)
 
         self.running += 1
@@ -201,34 +206,32 @@ class Telemetry:
         finally:
             self.running -= 1
         seconds = perf_counter() - start
-        method, route = environ["REQUEST_METHOD"], environ.get("hello.route", UNMATCHED)
-        key = method if method in METHODS else "other", route, status
-        (self.series.get(key) or self.add_series(key))(seconds)
+        key = environ["REQUEST_METHOD"], environ.get("hello.route", UNMATCHED), status
+        kind = self.kinds.get(key) or self.add_kind(*key)
+        kind.observe(seconds)
+        if kind.template:
+            size = len(b"".join(content))
+            WRITER.add((kind.template, time.time(), seconds, size, request_id, trace_id_of(environ)))
         if status == "503":
             self.outage.unavailable += 1
-        if route not in PROBES:
-            self.log(key, seconds, sum(map(len, content)), request_id, trace_id_of(environ))
         return content
 
-    def add_series(self, key: tuple[str, str, str]) -> Callable[[float], None]:
-        """Return what counts and times a request of a kind, and keep it: the library's way to it is slow."""
-        return self.series.setdefault(key, self.metrics.durations.labels(*key).observe)
-
-    def log(self, key: tuple[str, str, str], seconds: float, size: int, request_id: str, trace_id: str) -> None:
-        """Log a request: a server error as a warning."""
-        if self.logs_all or (self.logs_errors and key[2][0] == "5"):
-            WRITER.add(Request(time.time(), *key, seconds, size, request_id, trace_id))
+    def add_kind(self, method: str, route: str, status: str) -> Kind:
+        """Return the kind of a request, and keep it: to find its histogram by its labels is slow."""
+        word = method if method in METHODS else "other"
+        template = request_template(word, route, status) if route not in PROBES and logs_requests(status) else None
+        kind = Kind(self.metrics.durations.labels(word, route, status).observe, template)
+        return self.kinds.setdefault((method, route, status), kind)
 
     def protocol_error(self, method: str, status: int, size: int) -> str:
-        """Count and log a response to what was no request; return its X-Request-Id."""
+        """Count and log the response to what was no request; return its X-Request-Id."""
         self.metrics.refused.labels(str(status)).inc()
         request_id = new_request_id()
-        key = method if method in METHODS else "other", UNMATCHED, str(status)
-        self.log(key, 0.0, size, request_id, "")
+        if logs_requests(str(status)):
+            word = method if method in METHODS else "other"
+            template = request_template(word, UNMATCHED, str(status))
+            WRITER.add((template, time.time(), 0.0, size, request_id, ""))
         return request_id
-
-    def observe_refusal(self, status: int) -> None:
-        self.protocol_error("", status, 0)
 
     def statement(self, operation: str, rows: int, seconds: float, error: Exception | None) -> None:
         """Count a statement; log where the database stops to answer, and where it answers again."""
@@ -238,7 +241,7 @@ class Telemetry:
         if error is not None:
             self.metrics.errors.labels(type(error).__name__).inc()
             self.outage.failure(operation, error)
-        else:
+        elif self.outage.began is not None:
             self.outage.success()
 
     def sample(self) -> None:
@@ -249,10 +252,10 @@ class Telemetry:
             for pool in self.pools:
                 self.metrics.pool_in_use.labels(pool.name).set(pool.slots - pool.idle.qsize())
                 self.metrics.pool_waiting.labels(pool.name).set(sum(len(batch.rows) for batch in pool.waiting))
-            before, spent = spent, process_time()
-            self.metrics.cpu.inc(spent - before)
-            before, dropped = dropped, WRITER.dropped
-            self.metrics.dropped.inc(dropped - before)
+            spent_before, spent = spent, process_time()
+            self.metrics.cpu.inc(spent - spent_before)
+            dropped_before, dropped = dropped, WRITER.dropped
+            self.metrics.dropped.inc(dropped - dropped_before)
             time.sleep(SAMPLE_SECONDS)
 
 
