@@ -24,6 +24,7 @@ from typing import Any, NoReturn, Protocol
 from wsgiref.types import WSGIEnvironment
 
 import gevent
+from gunicorn.arbiter import Arbiter
 from gunicorn.workers import ggevent
 
 from server import settings
@@ -198,12 +199,28 @@ class Worker(ggevent.GeventWorker):
 
     wsgi: Any  # the application; the stub of gunicorn has a type that is not PEP 3333's
     telemetry: Telemetry | None = None
+    number: int  # 1 for the first worker; gunicorn's hook `pre_fork` sets it
 
     def init_process(self) -> None:
         """Start the worker; a signal to stop that comes before it has its handlers waits until it has."""
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         self.connections: set[Connection] = set()
         super().init_process()
+
+    def load_wsgi(self) -> None:
+        """Load the application; if it exits, for a wrong setting, stop the server with the first worker's message.
+
+        gunicorn would go on to replace the worker for ever.
+        """
+        try:
+            super().load_wsgi()
+        except SystemExit as error:
+            if self.number == 1:
+                print(error, file=sys.stderr)
+                sys.exit(Arbiter.WORKER_BOOT_ERROR)
+            while self.alive:  # until gunicorn stops the others
+                gevent.sleep(SWEEP_SECONDS)
+            sys.exit()
 
     def init_signals(self) -> None:
         """Set the signal handlers."""
