@@ -8,6 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from http import HTTPMethod
 from random import getrandbits
 from time import perf_counter, process_time
 from types import ModuleType
@@ -24,7 +25,7 @@ from server import settings
 from server.logs import LOG, WRITER, logs_requests, request_template
 
 METRICS_PORT = str(settings.METRICS_PORT)  # as SERVER_PORT has it
-METHODS = {"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"}  # any other is "other"
+METHODS = {method.value for method in HTTPMethod}  # any other is "other"
 UNMATCHED = "unmatched"  # the route of a path that has none
 PROBES = {"/livez", "/readyz"}  # counted, not logged: asked every few seconds for ever
 # 0.25 s is the bound of the alert on latency; with a database that fails, a request takes 4.5 s at most.
@@ -109,7 +110,7 @@ class Metrics:
         series += [("GET", "/readyz", status) for status in ("200", "503")]
         for labels in series:
             self.durations.labels(*labels)
-        for status in ("400", "408", "414", "417", "431"):
+        for status in ("400", "408", "414", "417", "431", "501", "505"):
             self.refused.labels(status)
         for name in ("OperationalError", "QueryCanceled", "TimeoutError"):
             self.errors.labels(name)
