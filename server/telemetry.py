@@ -3,8 +3,10 @@
 What is counted and logged is about a route, never about a user: see logs.py.
 """
 
+import contextlib
 import platform
 import re
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -263,11 +265,21 @@ class Telemetry:
 # --- /metrics ---------------------------------------------------------------------------------------
 
 
+def all_metrics() -> list[Metric]:
+    """Return the metrics added up over all workers; wait for a worker that is just making its files."""
+    collector = multiprocess.MultiProcessCollector(None)  # type: ignore[no-untyped-call]
+    for _ in range(20):
+        with contextlib.suppress(struct.error, RuntimeError):  # the library's, of a file without its first entries
+            return list(collector.collect())  # type: ignore[no-untyped-call]
+        time.sleep(0.01)
+    return list(collector.collect())  # type: ignore[no-untyped-call]
+
+
 class AggregatedMetrics(Collector):
     """The metrics added up over all workers, and http_requests_total: each duration is one request."""
 
     def collect(self) -> Iterator[Metric]:
-        for metric in multiprocess.MultiProcessCollector(None).collect():  # type: ignore[no-untyped-call]
+        for metric in all_metrics():
             yield metric
             if metric.name == "http_request_duration_seconds":
                 requests = CounterMetricFamily("http_requests", "Requests answered.")

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import psycopg2
@@ -50,6 +51,11 @@ def zeros_left_out(samples: Mapping[tuple[str, ...], float]) -> dict[tuple[str, 
     return {labels: value for labels, value in samples.items() if value}
 
 
+def has_answers(service: MonitoredService, count: int) -> bool:
+    """Return whether so many requests were answered with 404."""
+    return service.answered["GET", HELLO, "404"] >= count
+
+
 # --- Requests ---------------------------------------------------------------------------------------
 
 
@@ -86,9 +92,8 @@ def test_metrics_while_workers_are_killed_under_load_lose_no_answer(service: Mon
     threads = [threading.Thread(target=client) for _ in range(4)]
     for thread in threads:
         thread.start()
-    for _ in range(3):
-        answered = service.answered["GET", HELLO, "404"]
-        wait_until(lambda before=answered: service.answered["GET", HELLO, "404"] >= before + 20)
+    for count in (20, 40, 60):
+        wait_until(partial(has_answers, service, count))
         kill_a_worker(service)
     done.set()
     for thread in threads:
@@ -135,6 +140,16 @@ def test_the_files_of_the_metrics_do_not_grow_in_number_and_go_with_the_service(
     service.process.terminate()
     service.process.wait(20)
     assert not folder.exists()
+
+
+def test_metrics_wait_for_a_worker_that_is_making_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    new = tmp_path / "counter_1.db"
+    new.touch()
+    timer = threading.Timer(0.05, new.unlink)
+    timer.start()
+    assert telemetry.all_metrics() == []
+    timer.join()
 
 
 def test_metrics_tell_what_runs(shared: MonitoredService) -> None:
