@@ -8,16 +8,37 @@ import struct
 from glob import glob
 from typing import Any
 
+import gevent
 from gevent.server import StreamServer
 
 SO_ATTACH_FILTER = 26  # Linux
+REST_SECONDS = 0.001
 BPF_DROP = struct.pack("HBBI", 0x06, 0, 0, 0)  # a program of one instruction: return 0, keep nothing
 
 
 class Listener(StreamServer):
-    """A server that, when it closes, first accepts the connections that the kernel has completed."""
+    """A server that accepts in turns with those of the other workers, and that resets no connection when it closes."""
 
-    max_accept = 16  # in a round of the event loop, which is long under load
+    max_accept = 16  # in a turn
+    is_resting = False
+
+    def do_read(self) -> Any:
+        """Accept a connection; after a turn, leave the next ones to the other workers for a moment.
+
+        Otherwise the worker that happens to run accepts a whole burst, and the other cores stay idle.
+        """
+        arrival = super().do_read()
+        if arrival and not self.is_resting:
+            self.is_resting = True
+            self.stop_accepting()
+            gevent.spawn_later(REST_SECONDS, self.accept_again)
+        return arrival
+
+    def accept_again(self) -> None:
+        """Begin the next turn."""
+        self.is_resting = False
+        if self.started:
+            self.start_accepting()
 
     def close(self) -> None:
         """Stop accepting; to close with connections in the queue would reset them."""
