@@ -37,6 +37,8 @@ SWEEP_SECONDS = 0.1  # how late a time limit is noticed
 YIELD_SECONDS = 1e-6  # 0 would not let gevent look for what other clients have sent
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGQUIT, signal.SIGINT}
 
+SERVER_METHODS = "GET, HEAD, OPTIONS, PUT"  # of all that hello serves
+
 Headers = list[tuple[str, str]]
 
 
@@ -147,7 +149,11 @@ class Connection:
 
     def answer(self, environ: WSGIEnvironment, *, is_last: bool) -> bool:
         """Answer a request; return whether the connection goes on."""
-        content = b"".join(self.worker.wsgi(environ, self.start_response))
+        if environ["PATH_INFO"] == "*":  # OPTIONS * asks about the server (RFC 9110, section 9.3.7)
+            content = b""
+            self.start_response("204 No Content", [("Cache-Control", "no-store"), ("Allow", SERVER_METHODS)])
+        else:
+            content = b"".join(self.worker.wsgi(environ, self.start_response))
         is_last = is_last or not self.worker.alive  # read last: the worker may have been told to stop meanwhile
         self.respond(self.status, self.headers, content, is_last=is_last)
         return not is_last

@@ -228,6 +228,16 @@ def test_request_that_http_allows_is_answered_and_the_next_one_too(
     assert [response.status for response in found] == [status, 200]
 
 
+def test_options_of_the_whole_server_name_its_methods(service: Service) -> None:
+    of_the_server, of_a_user = responses(
+        exchange(
+            service.port, b"".join(b"OPTIONS %b HTTP/1.1\r\nHost: a\r\n\r\n" % target for target in (b"*", b"/hello/A"))
+        )
+    )
+    assert of_the_server.status == 204
+    assert of_the_server.headers["Allow"] == of_a_user.headers["Allow"]
+
+
 # --- Expect: 100-continue ---------------------------------------------------------------------------
 
 EXPECTING = b"PUT /hello/Expected HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\n"
