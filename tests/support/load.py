@@ -128,9 +128,8 @@ class Client(threading.Thread):
         response = self.ask("GET", user)
         days = sorted({before, datetime.now(UTC).date()})
         if not self.journal.explains(user, response, days):
-            self.defects.append(
-                f"GET was answered {response.status} {response.message!r} after {self.journal.sent[user]}"
-            )
+            possible = [str(born) for born in self.journal.possible(user)[:3]]
+            self.defects.append(f"GET was answered {response.status} {response.message!r}, stored can be {possible}")
 
     def ask(self, method: str, user: str, content: bytes | None = None) -> Response:
         """Ask, and once more where a kept connection turns out to be closed, as HTTP clients do."""
