@@ -273,7 +273,7 @@ class Connection(extensions.connection):
             super().__init__(dsn, **arguments)
             self.autocommit = True
             with self.cursor() as cursor:
-                cursor.execute(ON_CONNECT, (DATABASE_TIMEOUT,))
+                cursor.execute(ON_CONNECT, (DATABASE_TIMEOUT / 2,))  # connecting may have taken the rest
                 ((server_time, self.server, self.waiting_commits),) = cursor.fetchall()
             self.clock = server_time - monotonic()  # the server's time at our monotonic zero
         except BaseException:
