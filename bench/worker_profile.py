@@ -111,7 +111,7 @@ def parts_table(counts: dict[str, Counter[str]]) -> list[str]:
 
 def profile(folder: Path) -> list[str]:
     """Return the report."""
-    service = hello_service()
+    service = hello_service(WEB_CONCURRENCY="1")  # with two, all clients could be at the other worker
     counts, costs = {}, []
     with running([service]):
         workers = process_tree(service.processes[0].pid)[1:]
