@@ -371,7 +371,7 @@ def save(cursor: Any, rows: list[tuple[str, date]]) -> list[None]:
         if not connection.notices:
             return [None] * len(rows)
     except psycopg2.Error as error:
-        if error.pgcode is None:
+        if (error.pgcode or "08").startswith("08"):  # a connection exception, PgBouncer's included
             raise ConnectionResetError("the connection was lost") from None
         if not isinstance(error, errors.DivisionByZero):
             raise
