@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from server import settings
+from server import hooks, settings
 from server.settings import SETTINGS, Setting
+from tests.support.network import free_port
 
 ROOT = Path(__file__).parents[1]
 CHECK = [sys.executable, "-m", "server", "--check-config"]
@@ -96,6 +97,22 @@ def test_a_wrong_value_stops_gunicorn_with_one_line_and_no_traceback(name: str) 
     assert done.returncode == 1
     assert done.stderr.startswith(f"{name}='no..such' must be ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["TZ", "QUEUE_TIMEOUT"])
+def test_a_wrong_value_of_the_application_stops_gunicorn_with_one_line(name: str) -> None:
+    own = {name: "no..such", "PORT": str(free_port()), "METRICS_PORT": "0", "WEB_CONCURRENCY": "3"}
+    done = check(sys.executable, "-m", "server", **own)
+    assert done.returncode == 3
+    assert done.stderr.startswith(f"{name}='no..such' ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("metrics_port", "addresses"), [(8081, ["[::1]:8080", "127.0.0.1:8081"]), (0, ["[::1]:8080"])])
+def test_the_addresses_of_the_service(monkeypatch: pytest.MonkeyPatch, metrics_port: int, addresses: list[str]) -> None:
+    monkeypatch.setattr(settings, "HOST", "::1")
+    monkeypatch.setattr(settings, "METRICS_PORT", metrics_port)
+    assert hooks.bind_addresses() == addresses
 
 
 def test_the_attribute_of_each_setting_has_its_name_and_type() -> None:
