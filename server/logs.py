@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import signal
-import sys
 import traceback
 from _thread import allocate_lock, start_new_thread
 from collections.abc import Iterator
@@ -27,7 +26,8 @@ from typing import Any
 from server import settings
 
 LOG = logging.getLogger("hello")
-IS_TEXT = settings.LOG_FORMAT == "text" or (settings.LOG_FORMAT == "auto" and sys.stdout.isatty())
+STDOUT = 1
+IS_TEXT = settings.LOG_FORMAT == "text" or (settings.LOG_FORMAT == "auto" and os.isatty(STDOUT))
 MAX_WAITING_LINES = 10_000  # about 5 MB; 1 second of requests at full load
 WRITE_SECONDS = 0.05  # lines of this time are written together: each write wakes the reader
 STOP_SECONDS = 1.0  # how long a process that ends waits for its last lines to be read
@@ -133,8 +133,12 @@ class LineWriter:
         self.finished = allocate_lock()
         self.finished.acquire()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        start_new_thread(self.run, (self.waiting, self.finished))
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            start_new_thread(self.run, (self.waiting, self.finished))
+        except RuntimeError:  # the system allows no more threads; the next line tries again
+            self.finished = None
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def run(self, waiting: "SimpleQueue[str | RequestEntry | None]", finished: Any) -> None:
         """Write lines until there is a None among them."""
@@ -152,9 +156,10 @@ class LineWriter:
 
     def close(self) -> None:
         """Write what waits; give up after STOP_SECONDS where nobody reads it."""
-        if self.finished:
+        finished, self.finished = self.finished, None
+        if finished:
             self.waiting.put(None)
-            self.finished.acquire(timeout=STOP_SECONDS)
+            finished.acquire(timeout=STOP_SECONDS)
 
 
 def pieces(lines: list[str]) -> Iterator[bytes]:
@@ -172,7 +177,7 @@ def pieces(lines: list[str]) -> Iterator[bytes]:
         yield "".join(piece).encode(errors="backslashreplace")
 
 
-WRITER = LineWriter(sys.stdout.fileno())
+WRITER = LineWriter(STDOUT)
 
 
 class Handler(logging.Handler):
