@@ -13,9 +13,10 @@ from tests.support.postgres import Database
 
 ROOT = Path(__file__).parent
 
-# The tests say which settings they use; those of whoever runs them, and their database, are not touched.
+# The tests choose the settings that they need; those of the shell, and its database, must not reach them.
+settings = {line.partition("=")[0] for line in (ROOT / ".env.example").read_text().splitlines()}
 for name in list(os.environ):
-    if name.startswith("PG") or name in {"TZ", "PORT", "METRICS_PORT", "WEB_CONCURRENCY", "BATCH_SIZE"}:
+    if name in settings or name.startswith("PG"):
         del os.environ[name]
 
 
