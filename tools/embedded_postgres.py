@@ -10,14 +10,12 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 START_SECONDS = 30  # crash recovery of a large folder on a slow disk
 STOP_SECONDS = 20  # for the fast shutdown, then for the immediate one
@@ -148,19 +146,3 @@ class Postgres:
         done = subprocess.run(command, check=False, capture_output=True, text=True, start_new_session=True)
         if done.returncode != 0:
             sys.exit(f"{program} failed: {' '.join(done.stderr.split())}")
-
-
-def free_port() -> int:
-    """Return a port of 127.0.0.1 that nobody uses at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_for_port(process: subprocess.Popen[Any], port: int) -> bool:
-    """Wait until something answers on a port of 127.0.0.1; return False where the process ends before."""
-    while process.poll() is None:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-            return True
-        time.sleep(0.02)
-    return False
