@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 
-from tools.embedded_postgres import Postgres, binaries, free_port
+from tests.support.network import free_port
+from tools.embedded_postgres import Postgres, binaries
 
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "monitoring/dashboard.png"
@@ -133,7 +134,15 @@ def draw_graph(axis: Any, graph: dict[str, Any], found: list[Curve]) -> None:
     axis.axvspan(LOCK_AT, LOCK_AT + LOCK_SECONDS, color="tab:red", alpha=0.08)
     axis.axvline(KILL_AT, color="tab:gray", linestyle=":", linewidth=1)
     if found:  # below the graph, where it hides nothing
-        axis.legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2, frameon=False, fontsize=6.5, columnspacing=1, handlelength=1.6)
+        axis.legend(
+            loc="upper left",
+            bbox_to_anchor=(0, -0.1),
+            ncols=2,
+            frameon=False,
+            fontsize=6.5,
+            columnspacing=1,
+            handlelength=1.6,
+        )
 
 
 def draw(graphs: list[tuple[dict[str, Any], list[Curve]]]) -> None:
