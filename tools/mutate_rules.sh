@@ -1,0 +1,23 @@
+#!/bin/sh
+# Let mutmut change the rules and the parser in hundreds of small ways, and count what the tests notice (ten minutes).
+set -e
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+chmod 711 "$folder"
+mkdir "$folder/hello"
+cp -R hello.py test_hello.py conftest.py gunicorn.conf.py openapi.yaml schema.sql pyproject.toml server tools tests \
+  "$folder/hello"
+cat >>"$folder/hello/pyproject.toml" <<'END'
+
+[tool.mutmut]
+source_paths = ["hello.py", "server/parser.py"]
+also_copy = ["conftest.py", "test_hello.py", "server", "tools", "tests", "openapi.yaml", "schema.sql", "gunicorn.conf.py"]
+pytest_add_cli_args_test_selection = ["test_hello.py", "tests/test_parser.py"]
+END
+mutmut="$(cd "$(dirname "$VENV/bin/uv")" && pwd)/uv tool run --quiet --with-requirements $PWD/requirements/dev.txt mutmut@3.8.1"
+cd "$folder/hello"
+$mutmut run 'hello.x_birthday_in*' 'hello.x_days_until_birthday*' 'hello.x_parse_*' 'hello.x_read_content*' \
+  'server.parser.*' >mutmut.log 2>&1 || true
+$mutmut export-cicd-stats >/dev/null
+cat mutants/mutmut-cicd-stats.json
+$mutmut results | grep -v 'not checked' || true
