@@ -37,6 +37,7 @@ coverage: dev-environment ## Run the tests and print which lines and branches th
 
 mutations: dev-environment ## Break each protection in a copy and check that its test fails
 	@$(VENV)/bin/python -m tools.mutations $(ARGS)
+	@$(if $(ARGS),,tools/mutate_rules.sh)
 
 lint: dev-environment ## Check style, format and types
 	@$(VENV)/bin/ruff check --quiet

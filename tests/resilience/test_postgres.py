@@ -101,7 +101,7 @@ def silent_resolver(tmp_path: Path) -> Iterator[tuple[list[str], socket.socket]]
     """Yield a command prefix that gives a process a name server which does not answer, and that server's socket."""
     if os.geteuid() != 0 or shutil.which("unshare") is None:
         pytest.skip("only root can give a process a resolv.conf of its own")
-    address = f"127.53.{os.getpid() % 250}.53"
+    address = f"127.53.{os.getpid() // 250 % 250}.{os.getpid() % 250 + 1}"  # of this process alone
     (tmp_path / "resolv.conf").write_text(f"nameserver {address}\noptions timeout:4 attempts:1\n")
     script = f'mount --bind {tmp_path}/resolv.conf /etc/resolv.conf && exec "$@"'
     if subprocess.run(["unshare", "--mount", "true"], check=False, capture_output=True).returncode != 0:
