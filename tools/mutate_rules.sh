@@ -3,7 +3,6 @@
 set -e
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-chmod 711 "$folder"
 mkdir "$folder/hello"
 cp -R hello.py test_hello.py conftest.py gunicorn.conf.py openapi.yaml schema.sql pyproject.toml server tools tests \
   "$folder/hello"

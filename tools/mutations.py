@@ -84,7 +84,6 @@ def main(words: list[str]) -> int:
     """Check that all fit and that their tests pass, then each mutation; return 1 if one was not noticed."""
     mutations = read_mutations(words)
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o711)
         tree = Path(folder) / "hello"
         shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv*", ".postgres", "__pycache__"))
         if [mutation for mutation in mutations if not apply(tree, mutation.patch, "--check")]:

@@ -81,7 +81,8 @@ def test_first_of_two_hosts_that_does_not_serve_is_passed_over(
         else:
             port = stack.enter_context(silent_port(drops=first == "drops packets"))
         environment = primary.hosts((LOCALHOST, port), (LOCALHOST, primary.port)) | READ_WRITE
-        service = stack.enter_context(Service(tmp_path, environment, CONNECT_TIMEOUT="0.25"))
+        timeouts = {"CONNECT_TIMEOUT": "0.5", "QUEUE_TIMEOUT": "10", "DATABASE_TIMEOUT": "10"}  # nobody gives up
+        service = stack.enter_context(Service(tmp_path, environment, **timeouts))
         with Load(service, primary) as load:
             load.wait_for_answers(300)
     report(load.report())

@@ -16,7 +16,7 @@ import pytest
 
 from tests.support.load import Load, letters, open_all_connections
 from tests.support.network import silent_port
-from tests.support.postgres import Database, accessible_folder
+from tests.support.postgres import Database, temporary_folder
 from tests.support.service import CONNECTIONS, SHORT_TIMEOUTS, Service, body
 from tests.support.wait import in_thread, wait_until
 
@@ -199,7 +199,7 @@ def test_server_without_a_free_connection_is_503_until_there_is_one(
 @contextlib.contextmanager
 def small_tmpfs(database: Database) -> Iterator[Callable[[], None]]:
     """Move the table to a file system with 32 KiB left; yield what makes room."""
-    folder = accessible_folder()
+    folder = temporary_folder()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode != 0:
         pytest.skip("only root can mount a file system; the file size limit is tested all the same")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.load import Load
-from tests.support.postgres import Database, accessible_folder
+from tests.support.postgres import Database, temporary_folder
 from tests.support.service import SHORT_TIMEOUTS, Service
 
 
@@ -51,7 +51,7 @@ class Disk:
 def disk() -> Iterator[Disk]:
     if os.geteuid() != 0 or not shutil.which("mkfs.ext4"):
         pytest.skip("only root can mount a file system, and this needs mkfs.ext4")
-    folder = accessible_folder()
+    folder = temporary_folder()
     try:
         disk = Disk(folder)
     except subprocess.CalledProcessError as error:

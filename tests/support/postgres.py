@@ -24,17 +24,15 @@ ROOT = Path(__file__).parents[2]
 PASSWORD = "Sesame-password"  # of the service's role
 
 
-def accessible_folder() -> Path:
-    """Make a temporary folder that Postgres' user, where the tests run as root, can pass through."""
-    folder = Path(tempfile.mkdtemp(prefix="hello-test-"))
-    folder.chmod(0o711)
-    return folder
+def temporary_folder() -> Path:
+    """Make a folder for a server's data; pytest would keep its own for three runs, and each server has 40 MB."""
+    return Path(tempfile.mkdtemp(prefix="hello-test-"))
 
 
 @functools.cache
 def template() -> Path:
     """Return a data folder as initdb makes it; each server of this process starts from a copy."""
-    folder = accessible_folder()
+    folder = temporary_folder()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     server = Postgres(folder / "data")
     server.start()
@@ -46,15 +44,14 @@ class Database(Postgres):
     """A Postgres of the tests' own; the service connects as a role with few rights.
 
     Args:
-        folder: where its data is; by default a temporary folder, which `stop` removes. (pytest's own is no good place
-            for root's tests: each run of pytest makes it inaccessible to the user that Postgres runs as.)
+        folder: where its data is; by default a temporary folder, which `stop` removes.
         settings: of postgresql.conf, such as `max_connections="20"`.
     """
 
     def __init__(self, folder: Path | None = None, **settings: str) -> None:
         self.temporary: Path | None = None
         if folder is None:
-            self.temporary = accessible_folder()
+            self.temporary = temporary_folder()
             folder = self.temporary / "data"
         super().__init__(folder, **settings)
 
