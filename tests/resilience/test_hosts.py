@@ -84,7 +84,7 @@ def test_first_of_two_hosts_that_does_not_serve_is_passed_over(
         timeouts = {"CONNECT_TIMEOUT": "0.5", "QUEUE_TIMEOUT": "10", "DATABASE_TIMEOUT": "10"}  # nobody gives up
         service = stack.enter_context(Service(tmp_path, environment, **timeouts))
         with Load(service, primary) as load:
-            load.wait_for_answers(300)
+            load.wait_for_answers(200)
     report(load.report())
     assert set(load.statuses) == {200, 204}
 
@@ -106,12 +106,12 @@ def test_standby_promoted_under_load_has_every_acknowledged_put(tmp_path: Path, 
         with Service(tmp_path, environment, **SHORT_TIMEOUTS) as service:
             workers = service.workers()
             with Load(service, standby) as load:
-                load.wait_for_answers(300)
+                load.wait_for_answers(200)
                 primary.kill()
                 load.wait_for_answers(50, [503])
                 standby.query("SELECT pg_promote()")
                 promoted = time.monotonic()
-                load.wait_for_answers(300)
+                load.wait_for_answers(200)
             assert service.workers() == workers
         report(f"{load.report()}; first success {load.first_success(promoted):.2f} s after the promotion")
         assert set(load.statuses) <= ANSWERED | {503}
@@ -126,7 +126,7 @@ def test_primary_that_becomes_read_only_is_left_for_the_writable_host_by_put_and
     with Service(tmp_path, environment) as service:
         open_all_connections(service, database)
         with database.set(default_transaction_read_only="on"), Load(service, second) as load:
-            load.wait_for_answers(300)
+            load.wait_for_answers(200)
     report(load.report())
     assert set(load.statuses) <= ANSWERED | {503}  # the PUT that met the read-only server is not sent again
     assert load.statuses[503] <= 16  # one batch of each of the two workers, in which each client has one PUT at most

@@ -52,7 +52,7 @@ def test_worker_killed_affects_only_its_own_clients_and_is_replaced(
             killed = time.monotonic()
             wait_until(lambda: len(set(service.workers()) - {victim}) == 2)
             replaced = time.monotonic() - killed
-            load.wait_for_answers(500)
+            load.wait_for_answers(300)
         assert other in service.workers()
     report(f"{load.report()}; {load.retried} sent again; replaced after {replaced:.2f} s")
     assert len(ports) == 32
@@ -73,7 +73,7 @@ def test_sigterm_answers_what_was_begun_and_closes_what_is_idle(
         request = b"PUT /hello/Halves HTTP/1.1\r\nHost: a\r\nContent-Length: 29\r\n\r\n" + body("1990-05-17")
         half.sendall(request[:40])
         with Load(service, database, 32, pause=0) as load:
-            load.wait_for_answers(1000)
+            load.wait_for_answers(500)
             with database.locked(ROW_LOCK):
                 slow = in_thread(service.put, "Locked", "1991-01-01")
                 database.wait_for_lock_wait()
