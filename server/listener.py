@@ -5,7 +5,8 @@ import ctypes
 import os
 import socket
 import struct
-from glob import glob
+from os import close as close_at_once  # before gevent replaces it
+from pathlib import Path
 from typing import Any
 
 import gevent
@@ -13,7 +14,9 @@ from gevent.server import StreamServer
 
 SO_ATTACH_FILTER = 26  # Linux
 REST_SECONDS = 0.001
-BPF_DROP = struct.pack("HBBI", 0x06, 0, 0, 0)  # a program of one instruction: return 0, keep nothing
+HANDSHAKE_SECONDS = 0.1  # for handshakes that have begun
+# A classic BPF program: load the TCP flags; drop a packet with SYN and without ACK, keep every other one.
+DROP_SYN = [(0x30, 0, 0, 13), (0x54, 0, 0, 0x12), (0x15, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF)]
 
 
 class Listener(StreamServer):
@@ -44,29 +47,29 @@ class Listener(StreamServer):
         """Stop accepting; to close with connections in the queue would reset them."""
         if self.started:
             self.stop_accepting()
-            with contextlib.suppress(OSError):  # out of file descriptors, for example
-                if is_held_here_only(self.socket):
-                    drop_packets(self.socket)
-                while not self.full() and (arrival := self.do_read()):
+            if is_closed_by_master(self.socket):
+                with contextlib.suppress(OSError):  # not permitted here
+                    ignore_new_connections(self.socket)
+                gevent.sleep(HANDSHAKE_SECONDS)
+            with contextlib.suppress(OSError):  # out of file descriptors
+                while not self.full() and (arrival := super().do_read()):
                     self.do_handle(*arrival)
+            close_at_once(self.socket.detach())  # gevent's close leaves time for further connections
         super().close()
 
 
-def is_held_here_only(listener: Any) -> bool:
-    """Return whether no other process, such as a worker that goes on, has the socket open (Linux; elsewhere False)."""
-    try:
+def is_closed_by_master(listener: Any) -> bool:
+    """Return whether gunicorn's master has closed the socket, as it does before it stops all workers (Linux)."""
+    links = set()
+    with contextlib.suppress(OSError):
         name = os.readlink(f"/proc/self/fd/{listener.fileno()}")
-        os.listdir(f"/proc/{os.getppid()}/fd")  # the master runs as another user: we could not see its sockets
-    except OSError:
-        return False
-    for path in glob("/proc/[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):
-            if os.readlink(path) == name and path.split("/")[2] != str(os.getpid()):
-                return False
-    return True
+        for path in Path(f"/proc/{os.getppid()}/fd").iterdir():
+            links.add(os.readlink(path))
+    return bool(links) and name not in links
 
 
-def drop_packets(listener: Any) -> None:
-    """Let the kernel drop packets to a listening socket: clients repeat them, and are refused once it is closed."""
-    program = ctypes.create_string_buffer(BPF_DROP)
-    listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", 1, ctypes.addressof(program)))
+def ignore_new_connections(listener: Any) -> None:
+    """Let the kernel ignore new connections: clients repeat their first packet, and are refused once this is closed."""
+    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in DROP_SYN))
+    description = struct.pack("@HP", len(DROP_SYN), ctypes.addressof(program))
+    listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, description)
