@@ -27,6 +27,7 @@ MAX_EXPECTED_BYTES = 4096  # what the application takes; a client that asks firs
 MAX_REQUEST_BYTES = 163840  # with the framing of chunks, and trailers
 
 METHODS = {method.encode(): method.value for method in HTTPMethod if method is not HTTPMethod.CONNECT}
+METHODS[b"QUERY"] = "QUERY"  # which later Pythons have
 PROTOCOLS = {b"HTTP/1.1": "HTTP/1.1", b"HTTP/1.0": "HTTP/1.0"}
 METHOD = re.compile(rb"[\r\n]*([!#-'*+.0-9A-Z^-z|~-]+)(?: |\Z)")
 REQUEST_LINE = re.compile(rb"[\r\n]*([!#-'*+.0-9A-Z^-z|~-]+) +([^ \r\n]+) +(HTTP/[0-9]\.[0-9])\r\n")
