@@ -4,15 +4,16 @@ set -e
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 mkdir "$folder/hello"
-cp -R hello.py test_hello.py conftest.py gunicorn.conf.py openapi.yaml schema.sql pyproject.toml server tools tests \
+cp -R .env.example hello.py test_hello.py conftest.py gunicorn.conf.py openapi.yaml schema.sql pyproject.toml server tools tests \
   "$folder/hello"
 cat >>"$folder/hello/pyproject.toml" <<'END'
 
 [tool.mutmut]
 source_paths = ["hello.py", "server/parser.py"]
-also_copy = ["conftest.py", "test_hello.py", "server", "tools", "tests", "openapi.yaml", "schema.sql", "gunicorn.conf.py"]
+also_copy = [".env.example", "conftest.py", "test_hello.py", "server", "tools", "tests", "openapi.yaml", "schema.sql",
+  "gunicorn.conf.py"]
 # Not all of test_hello.py: mutmut cannot name tests whose parameters are not ASCII
-pytest_add_cli_args_test_selection = ["test_hello.py", "tests/test_parser.py", "-k", "parser or any_ or days_until or 29_"]
+pytest_add_cli_args_test_selection = ["test_hello.py", "tests/test_parser.py", "-k", "parser or any_text or any_content or days_until or 29_"]
 END
 mutmut="$(cd "$(dirname "$VENV/bin/uv")" && pwd)/uv tool run --quiet --with-requirements $PWD/requirements/dev.txt mutmut@3.8.1"
 cd "$folder/hello"
