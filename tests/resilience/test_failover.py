@@ -1,0 +1,140 @@
+"""A standby is promoted while its primary lives, is cut off or frozen; each user's history must be linearizable."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.fault_proxy import FaultProxy
+from tests.support.network import LOOPBACK
+from tests.support.registers import NOON, Registers
+from tests.support.replication import Pair, replicated
+from tests.support.service import SHORT_TIMEOUTS, Service
+from tests.support.wait import in_thread, wait_until
+
+# QUEUE_TIMEOUT + DATABASE_TIMEOUT of SHORT_TIMEOUTS, an attempt to connect, and a margin for a busy machine.
+IN_TIME = 0.375 + 0.75 + 0.25 + 2
+SESSIONS = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'hello'"
+NOT_WAITING = f"{SESSIONS} AND wait_event IS DISTINCT FROM 'SyncRep'"
+
+
+class Cluster:
+    """A primary, its synchronous standby, and two instances of the service that reach both through proxies.
+
+    Each instance is one process: so its GETs and PUTs are those of a process.
+    """
+
+    def __init__(self, pair: Pair, stack: contextlib.ExitStack, folder: Path) -> None:
+        self.primary, self.standby, self.replication = pair
+        self.paths: list[FaultProxy] = []  # from the instances to the primary
+        self.services: list[Service] = []
+        for _ in range(2):
+            path, other = (stack.enter_context(FaultProxy(server.port)) for server in (self.primary, self.standby))
+            self.paths.append(path)
+            hosts = self.primary.hosts((LOOPBACK, path.port), (LOOPBACK, other.port))
+            settings = SHORT_TIMEOUTS | {"PGTARGETSESSIONATTRS": "read-write", "WEB_CONCURRENCY": "1", "TZ": NOON}
+            self.services.append(Service(folder, hosts, **settings))
+        starting = [in_thread(stack.enter_context, service) for service in self.services]
+        for future in starting:
+            future.result()
+
+    def cut_replication(self) -> None:
+        """Cut the standby off from the primary."""
+        self.replication.blackhole()
+
+    def fence(self) -> None:
+        """Cut the instances off from the primary."""
+        for path in self.paths:
+            path.blackhole()
+
+    def promote(self) -> float:
+        """Promote the standby; return when it accepted writes."""
+        assert self.standby.query("SELECT pg_promote()") == [(True,)]
+        return time.monotonic()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    with replicated() as pair, contextlib.ExitStack() as stack:
+        yield Cluster(pair, stack, tmp_path)
+
+
+def test_primary_that_is_cut_off_leaves_histories_linearizable(cluster: Cluster, report: Callable[[str], None]) -> None:
+    with Registers(cluster.services) as load:
+        load.wait_for_successes(10)
+        cluster.fence()
+        cluster.cut_replication()
+        load.wait_for_failures(1)
+        promoted = cluster.promote()
+        load.wait_for_successes(10)
+    report(f"{load.report()}; the last 503 {load.last_failure - promoted:.2f} s after the promotion")
+    rows = cluster.standby.rows()
+    load.check_linearizable(rows)
+    load.check_nothing_lost(rows, cluster.primary.rows())
+    assert load.last_failure < promoted + IN_TIME
+
+
+def test_primary_that_is_fenced_after_it_lost_its_standby_leaves_histories_linearizable(
+    cluster: Cluster, report: Callable[[str], None]
+) -> None:
+    with Registers(cluster.services) as load:
+        load.wait_for_successes(10)
+        cluster.cut_replication()
+        load.wait_for_failures(3, load.writers)
+        load.wait_for_successes(10, load.readers)
+        cluster.fence()
+        load.wait_for_failures(1, load.readers)
+        promoted = cluster.promote()
+        load.wait_for_successes(10)
+    report(f"{load.report()}; the last 503 {load.last_failure - promoted:.2f} s after the promotion")
+    rows = cluster.standby.rows()
+    load.check_linearizable(rows, in_doubt_until=promoted)  # the standby may have a commit that it could not confirm
+    load.check_nothing_lost(rows, cluster.primary.rows())
+    assert load.last_failure < promoted + IN_TIME
+
+
+@pytest.mark.parametrize("is_fenced", [True, False], ids=["fenced", "reachable"])
+def test_primary_that_is_frozen_and_resumed_after_the_promotion_undoes_nothing(
+    cluster: Cluster, report: Callable[[str], None], is_fenced: bool
+) -> None:
+    with Registers(cluster.services) as load:
+        load.wait_for_successes(10)
+        with cluster.primary.suspended():
+            load.wait_for_failures(1)
+            promoted = cluster.promote()
+            load.wait_for_successes(10)
+            if is_fenced:
+                cluster.fence()
+        load.wait_for_successes(10)
+    report(f"{load.report()}; the last 503 {load.last_failure - promoted:.2f} s after the promotion")
+    rows = cluster.standby.rows()
+    load.check_nothing_lost(rows, cluster.primary.rows())
+    if is_fenced:
+        load.check_linearizable(rows)
+    assert load.last_failure < promoted + IN_TIME
+
+
+def test_standby_promoted_beside_its_living_primary_has_every_write_and_get_follows_put(
+    cluster: Cluster, report: Callable[[str], None]
+) -> None:
+    with Registers(cluster.services) as load:
+        load.wait_for_successes(10)
+        cluster.cut_replication()
+        load.wait_for_failures(5, load.writers)
+        [(sessions,)] = cluster.primary.query(SESSIONS)
+        promoted = cluster.promote()
+        load.wait_for_successes(10)
+        wait_until(lambda: cluster.primary.query(NOT_WAITING) == [(0,)])
+    with Registers(cluster.services) as later:
+        later.wait_for_successes(10)
+    rows = cluster.standby.rows()
+    report(
+        f"{load.report()}; the last 503 {load.last_failure - promoted:.2f} s after the promotion; "
+        f"{sessions} sessions in the old primary before it"
+    )
+    load.check_nothing_lost(rows, cluster.primary.rows())
+    later.check_linearizable(rows)
+    assert load.last_failure < promoted + IN_TIME
+    assert sessions <= 2 * (2 + 1)  # of two processes: one for GET, one for PUT, and one whose commit waits

@@ -1,0 +1,194 @@
+"""Writers and readers of the same users at several instances of the service, who record what they see and when."""
+
+import itertools
+import re
+import threading
+import time
+from collections.abc import Sequence
+from datetime import date, datetime, timedelta
+from typing import Self
+from zoneinfo import ZoneInfo
+
+from tests.support.linearizability import NEVER, Operation, first_lost, first_violation
+from tests.support.load import days_until_birthday, letters
+from tests.support.network import Connection
+from tests.support.service import Service, body
+from tests.support.wait import wait_until
+
+NOON = f"Etc/GMT{datetime.now(ZoneInfo('UTC')).hour - 12:+d}"  # a time zone in which no day ends during a test
+LAST_DAY_COUNT = 364
+
+
+def date_with(days: int) -> date:
+    """Return the date of birth of someone whose birthday is in so many days."""
+    return (datetime.now(ZoneInfo(NOON)).date() + timedelta(days)).replace(year=1996)
+
+
+def days_of(born: date | None) -> int | None:
+    """Return the days to the birthday; None of None."""
+    return None if born is None else days_until_birthday(born, datetime.now(ZoneInfo(NOON)).date())
+
+
+class Client(threading.Thread):
+    """A client that writes or reads one user's date of birth again and again on one connection.
+
+    Args:
+        values: the day counts that it writes, in this order; a reader has none.
+    """
+
+    def __init__(self, load: "Registers", user: str, service: Service, values: Sequence[int] = ()) -> None:
+        super().__init__(daemon=True)
+        self.load = load
+        self.user = user
+        self.connection = Connection(service.port)
+        self.values = itertools.cycle(values) if values else None
+        self.history: list[Operation] = []
+        self.failures: list[float] = []  # when 503 was answered, or a connection was lost
+        self.defects: list[str] = []
+
+    def run(self) -> None:
+        """Ask until the load is over."""
+        try:
+            while not self.load.done.wait(self.load.pause):
+                if self.values:
+                    self.write(next(self.values))
+                else:
+                    self.read()
+        except Exception as error:
+            self.defects.append(f"{type(error).__name__}: {error}")
+
+    def ask(self, method: str, content: bytes | None = None) -> tuple[int, str]:
+        """Return the status and the message; status 0 if there was no answer."""
+        try:
+            response = self.connection.ask(method, f"/hello/{self.user}", content)
+        except ConnectionError:
+            self.connection.close()
+            return 0, ""
+        return response.status, response.message
+
+    def write(self, days: int) -> None:
+        """Send a PUT and record it."""
+        start = time.monotonic()
+        status, message = self.ask("PUT", body(date_with(days)))
+        end = time.monotonic()
+        if status not in {0, 204, 503}:
+            self.defects.append(f"PUT was answered {status} {message!r}")
+        if status != 204:
+            self.failures.append(end)
+        self.history.append(Operation(start, end if status else NEVER, days, is_write=True, is_certain=status == 204))
+
+    def read(self) -> None:
+        """Send a GET and record what it shows."""
+        start = time.monotonic()
+        status, message = self.ask("GET")
+        end = time.monotonic()
+        if status in {0, 503}:
+            self.failures.append(end)
+            return
+        match = re.fullmatch(rf"Hello, {self.user}! Your birthday is in (\d+) day\(s\)", message)
+        if (status, match is not None) in {(200, True), (404, False)}:
+            self.history.append(Operation(start, end, int(match[1]) if match else None))
+        else:
+            self.defects.append(f"GET was answered {status} {message!r}")
+
+
+class Registers:
+    """Clients at work; a context manager that stops them.
+
+    Each user has a reader at each service. Every other user has a writer at each, the others have one writer in all.
+
+    Args:
+        services: what they ask; each runs with TZ=NOON.
+        users: how many there are.
+        pause: seconds between the requests of a client.
+    """
+
+    runs = itertools.count()
+
+    def __init__(self, services: Sequence[Service], users: int = 4, pause: float = 0.02) -> None:
+        self.pause = pause
+        self.done = threading.Event()
+        run = letters(next(self.runs)).capitalize()
+        self.writers: list[Client] = []
+        self.readers: list[Client] = []
+        for number in range(users):
+            user = f"Quux{run}{letters(number).capitalize()}"
+            self.readers += [Client(self, user, service) for service in services]
+            writing = services if number % 2 == 0 else [services[number // 2 % len(services)]]
+            for index, service in enumerate(writing):
+                values = range(1 + index, LAST_DAY_COUNT, len(writing))
+                self.writers.append(Client(self, user, service, values))
+
+    @property
+    def clients(self) -> list[Client]:
+        return [*self.writers, *self.readers]
+
+    def __enter__(self) -> Self:
+        for client in self.clients:
+            client.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.done.set()
+        for client in self.clients:
+            client.join()
+            client.connection.close()
+        defects = [defect for client in self.clients for defect in client.defects]
+        assert error[0] or not defects, f"{len(defects)} wrong answers, such as {sorted(set(defects))[:3]}"
+
+    def wait_for_successes(self, count: int, clients: Sequence[Client] | None = None) -> None:
+        """Wait until each client, or each of some clients, has had so many more successes."""
+        goals = [(client, self.successes(client) + count) for client in clients or self.clients]
+        wait_until(lambda: all(self.successes(client) >= goal for client, goal in goals), 30)
+
+    def wait_for_failures(self, count: int, clients: Sequence[Client] | None = None) -> None:
+        """Wait until each client, or each of some clients, has had so many more answers 503."""
+        goals = [(client, len(client.failures) + count) for client in clients or self.clients]
+        wait_until(lambda: all(len(client.failures) >= goal for client, goal in goals), 30)
+
+    @staticmethod
+    def successes(client: Client) -> int:
+        """Count a client's successes so far."""
+        return sum(operation.is_certain for operation in list(client.history))
+
+    @property
+    def last_failure(self) -> float:
+        """The moment of the last answer 503."""
+        return max(moment for client in self.clients for moment in client.failures)
+
+    def history(self, user: str) -> list[Operation]:
+        """Return all operations on a user."""
+        return [operation for client in self.clients if client.user == user for operation in client.history]
+
+    def check_nothing_lost(self, rows: dict[str, date], *shown: dict[str, date]) -> None:
+        """Fail if a table lacks a date that was acknowledged, answered to a GET, or shown by another table."""
+        for user in {client.user for client in self.clients}:
+            seen = [Operation(NEVER, NEVER, days_of(table.get(user))) for table in shown]
+            lost = first_lost([*self.history(user), *seen], days_of(rows.get(user)))
+            assert lost is None, f"{user}: {lost} is lost; the last value is {days_of(rows.get(user))}"
+
+    def check_linearizable(self, rows: dict[str, date], in_doubt_until: float = 0) -> None:
+        """Fail if a user's history, and what a table holds in the end, is not linearizable.
+
+        A PUT that was answered 503 may take effect before its answer, or before the moment `in_doubt_until`.
+        """
+        for user in {client.user for client in self.clients}:
+            history = [
+                operation if operation.is_certain else operation._replace(end=max(operation.end, in_doubt_until))
+                for operation in self.history(user)
+            ]
+            moment = time.monotonic()
+            history.append(Operation(moment, moment, days_of(rows.get(user))))
+            violation = first_violation(history)
+            assert violation is None, f"{user}: {violation} contradicts the operations before it"
+
+    def report(self) -> str:
+        """Return what happened, in one line."""
+        counts = [
+            (sum(self.successes(client) for client in clients), sum(len(client.failures) for client in clients))
+            for clients in (self.writers, self.readers)
+        ]
+        return "; ".join(
+            f"{method}: {successes} successes, {failures} x 503"
+            for method, (successes, failures) in zip(("PUT", "GET"), counts, strict=True)
+        )
