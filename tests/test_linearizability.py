@@ -85,30 +85,31 @@ def test_long_history_of_a_real_register_passes_and_fails_with_one_stale_read(se
 
 
 @pytest.mark.parametrize(
-    ("history", "final"),
+    ("history", "survivors"),
     [
-        ([write(1, 2, 7), write(3, 4, 8), read(5, 6, 7)], 8),  # stale
-        ([write(1, 2, 7), failed(3, 4, 8)], 7),
-        ([write(1, 2, 7), failed(3, 4, 8)], 8),
-        ([write(1, 2, 7), failed(3, 4, 8), read(5, 6, 8), write(7, 8, 9)], 9),
-        ([write(1, 4, 7), write(2, 3, 8)], 7),
-        ([failed(1, 2, 7), write(3, 4, 8), failed(5, 6, 7), read(7, 8, 7)], 8),  # the first 7 may have been read
-        ([], None),
+        ([write(1, 2, 7), write(3, 4, 8), read(5, 6, 7)], [read(7, 8, 8)]),  # stale
+        ([write(1, 2, 7), failed(3, 4, 8)], [read(5, 6, 7)]),
+        ([write(1, 2, 7), failed(3, 4, 8)], [read(5, 6, 8)]),
+        ([write(1, 2, 7), failed(3, 4, 8), read(5, 6, 8), write(7, 8, 9)], [read(9, 10, 9)]),
+        ([write(1, 4, 7), write(2, 3, 8)], [read(5, 6, 7)]),
+        ([write(1, 2, 6), failed(3, 4, 7), failed(7, 8, 7), read(7, 8, 7)], [read(5, 6, 6)]),  # the second 7 was read
+        ([], [read(1, 2, None)]),
     ],
 )
-def test_final_value_without_a_loss_passes(history: list[Operation], final: int | None) -> None:
-    assert first_lost(history, final) is None
+def test_survivor_without_a_loss_passes(history: list[Operation], survivors: list[Operation]) -> None:
+    assert first_lost(history, survivors) is None
 
 
 @pytest.mark.parametrize(
-    ("history", "final"),
+    ("history", "survivors"),
     [
-        ([write(1, 2, 7)], None),
-        ([write(1, 2, 7), write(3, 4, 8)], 7),
-        ([write(1, 2, 7), failed(3, 4, 8), read(5, 6, 8)], 7),  # shown, then gone
-        ([failed(1, 2, 7), write(3, 4, 8)], 7),
-        ([write(1, 2, 7)], 8),
+        ([write(1, 2, 7)], [read(3, 4, None)]),
+        ([write(1, 2, 7), write(3, 4, 8)], [read(5, 6, 7)]),
+        ([write(1, 2, 7), failed(3, 4, 8), read(5, 6, 8)], [read(7, 8, 7)]),  # shown, then gone
+        ([write(1, 2, 7), failed(3, 4, 8), read(5, 6, 8), write(9, 10, 9)], [read(7, 8, 7), read(11, 12, 9)]),
+        ([failed(1, 2, 7), write(3, 4, 8)], [read(5, 6, 7)]),
+        ([write(1, 2, 7)], [read(3, 4, 8)]),
     ],
 )
-def test_final_value_with_a_loss_is_noticed(history: list[Operation], final: int | None) -> None:
-    assert first_lost(history, final) is not None
+def test_survivor_with_a_loss_is_noticed(history: list[Operation], survivors: list[Operation]) -> None:
+    assert first_lost(history, survivors) is not None

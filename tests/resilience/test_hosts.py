@@ -1,8 +1,6 @@
 """Of several hosts one refuses, is silent, is a standby, or loses its part; a commit waits for a standby."""
 
 import contextlib
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,12 +10,12 @@ import pytest
 
 from tests.support.fault_proxy import FaultProxy
 from tests.support.load import Load, open_all_connections
-from tests.support.network import free_port, silent_port
+from tests.support.network import LOOPBACK, free_port, silent_port
 from tests.support.postgres import Database
+from tests.support.replication import Pair, replicated
 from tests.support.service import CONNECTIONS, SHORT_TIMEOUTS, Service
 from tests.support.wait import in_thread, wait_until
 
-LOCALHOST = "127.0.0.1"
 READ_WRITE = {"PGTARGETSESSIONATTRS": "read-write"}
 IN_TIME = 1.125 + 2  # seconds: QUEUE_TIMEOUT + DATABASE_TIMEOUT of SHORT_TIMEOUTS, and a margin for a busy machine
 SOON = 5  # seconds within which a success must follow once there is a server to write to
@@ -25,31 +23,8 @@ ANSWERED = {200, 204, 404}  # 404: the PUT of a new user was answered 503
 WAITING = "FROM pg_stat_activity WHERE usename = 'hello' AND wait_event = 'SyncRep'"
 
 
-@contextlib.contextmanager
-def replicated() -> Iterator[tuple[Database, Database]]:
-    """Yield a primary, and a standby that each commit waits for."""
-    primary, standby = (Database(listen_addresses=LOCALHOST, port=str(free_port())) for _ in range(2))
-    primary.start()
-    primary.prepare()
-    standby.folder.mkdir(mode=0o700)
-    if os.geteuid() == 0:
-        shutil.chown(standby.folder, "nobody")
-    where = ["-h", primary.sockets_folder, "-p", str(primary.port), "-U", "postgres", "-D", str(standby.folder)]
-    primary.call("pg_basebackup", *where, "-R", "-c", "fast")
-    standby.start()
-    wait_until(lambda: primary.query("SELECT 1 FROM pg_stat_replication WHERE state = 'streaming'"))
-    primary.query("ALTER SYSTEM SET synchronous_standby_names = '*'")
-    primary.query("SELECT pg_reload_conf()")
-    wait_until(lambda: primary.query("SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"))
-    try:
-        yield primary, standby
-    finally:
-        standby.stop()
-        primary.stop()
-
-
 @pytest.fixture(scope="module")
-def pair() -> Iterator[tuple[Database, Database]]:
+def pair() -> Iterator[Pair]:
     """A primary and its synchronous standby, which no test changes."""
     with replicated() as servers:
         yield servers
@@ -70,9 +45,9 @@ def second() -> Iterator[Database]:
 
 @pytest.mark.parametrize("first", ["refuses", "is silent", "drops packets", "is a standby"])
 def test_first_of_two_hosts_that_does_not_serve_is_passed_over(
-    pair: tuple[Database, Database], tmp_path: Path, report: Callable[[str], None], first: str
+    pair: Pair, tmp_path: Path, report: Callable[[str], None], first: str
 ) -> None:
-    primary, standby = pair
+    primary, standby, _ = pair
     with contextlib.ExitStack() as stack:
         if first == "refuses":
             port = free_port()
@@ -80,7 +55,7 @@ def test_first_of_two_hosts_that_does_not_serve_is_passed_over(
             port = standby.port
         else:
             port = stack.enter_context(silent_port(drops=first == "drops packets"))
-        environment = primary.hosts((LOCALHOST, port), (LOCALHOST, primary.port)) | READ_WRITE
+        environment = primary.hosts((LOOPBACK, port), (LOOPBACK, primary.port)) | READ_WRITE
         timeouts = {"CONNECT_TIMEOUT": "0.5", "QUEUE_TIMEOUT": "10", "DATABASE_TIMEOUT": "10"}  # nobody gives up
         service = stack.enter_context(Service(tmp_path, environment, **timeouts))
         with Load(service, primary) as load:
@@ -89,20 +64,18 @@ def test_first_of_two_hosts_that_does_not_serve_is_passed_over(
     assert set(load.statuses) == {200, 204}
 
 
-def test_operations_that_meet_a_silent_host_together_both_go_on_to_the_next(
-    pair: tuple[Database, Database], tmp_path: Path
-) -> None:
-    primary, _ = pair
+def test_operations_that_meet_a_silent_host_together_both_go_on_to_the_next(pair: Pair, tmp_path: Path) -> None:
+    primary = pair.primary
     with silent_port() as port:
-        environment = primary.hosts((LOCALHOST, port), (LOCALHOST, primary.port))
+        environment = primary.hosts((LOOPBACK, port), (LOOPBACK, primary.port))
         with Service(tmp_path, environment, WEB_CONCURRENCY="1") as service:
             futures = [in_thread(service.put, "Together"), in_thread(service.ask, "GET", "/readyz")]
             assert [future.result().status for future in futures] == [204, 200]
 
 
 def test_standby_promoted_under_load_has_every_acknowledged_put(tmp_path: Path, report: Callable[[str], None]) -> None:
-    with replicated() as (primary, standby):
-        environment = primary.hosts(*((LOCALHOST, server.port) for server in (primary, standby))) | READ_WRITE
+    with replicated() as (primary, standby, _):
+        environment = primary.hosts(*((LOOPBACK, server.port) for server in (primary, standby))) | READ_WRITE
         with Service(tmp_path, environment, **SHORT_TIMEOUTS) as service:
             workers = service.workers()
             with Load(service, standby) as load:
@@ -134,7 +107,7 @@ def test_primary_that_becomes_read_only_is_left_for_the_writable_host_by_put_and
 
 def test_host_that_swallows_a_write_is_left_for_the_next(database: Database, second: Database, tmp_path: Path) -> None:
     with FaultProxy(f"{database.sockets_folder}/.s.PGSQL.{database.port}") as proxy:
-        environment = database.hosts((LOCALHOST, proxy.port), (second.sockets_folder, second.port))
+        environment = database.hosts((LOOPBACK, proxy.port), (second.sockets_folder, second.port))
         timeouts = {"CONNECT_TIMEOUT": "0.75", "DATABASE_TIMEOUT": "0.75"}  # no time for two hosts
         with Service(tmp_path, environment, WEB_CONCURRENCY="1", **timeouts) as service:
             assert service.put("Swallowed").status == 204

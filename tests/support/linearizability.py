@@ -1,5 +1,6 @@
 """Check the history of a register, such as a user's date of birth, for linearizability."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -77,17 +78,21 @@ def first_violation(history: Iterable[Operation]) -> Operation | None:
     return None
 
 
-def first_lost(history: Iterable[Operation], final: int | None) -> Operation | None:
-    """Return None if a register's final value shows that no acknowledged write and none that was read is undone.
+def first_lost(history: Iterable[Operation], survivors: Iterable[Operation]) -> Operation | None:
+    """Return None if reads of the server that survives miss no write that was acknowledged or read.
 
-    Reads of older values are allowed: they are stale, but nothing is lost.
+    The other reads may return older values: they are stale, but nothing is lost.
+
+    Args:
+        history: the other operations; its reads tell only which writes took effect.
+        survivors: the reads of that server.
     """
-    operations = sorted(history)
-    read = {operation.value for operation in operations if not operation.is_write}
-    writes: list[Operation] = []
-    for operation in operations:
-        if operation.is_write:
-            writes.append(operation._replace(is_certain=operation.is_certain or operation.value in read))
-            read.discard(operation.value)  # where a value was written twice, the first write explains its reads
-    moment = max((operation.end for operation in operations if operation.end < NEVER), default=0.0) + 1
-    return first_violation([*writes, Operation(moment, moment, final)])
+    history = list(history)
+    written = Counter(operation.value for operation in history if operation.is_write)
+    read = {operation.value for operation in history if not operation.is_write and written[operation.value] == 1}
+    writes = [
+        operation._replace(is_certain=operation.is_certain or operation.value in read)
+        for operation in history
+        if operation.is_write
+    ]
+    return first_violation([*writes, *survivors])

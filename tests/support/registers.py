@@ -12,6 +12,7 @@ from zoneinfo import ZoneInfo
 from tests.support.linearizability import NEVER, Operation, first_lost, first_violation
 from tests.support.load import days_until_birthday, letters
 from tests.support.network import Connection
+from tests.support.postgres import Database
 from tests.support.service import Service, body
 from tests.support.wait import wait_until
 
@@ -108,6 +109,7 @@ class Registers:
     def __init__(self, services: Sequence[Service], users: int = 4, pause: float = 0.02) -> None:
         self.pause = pause
         self.done = threading.Event()
+        self.tables: list[tuple[float, float, dict[str, date]]] = []
         run = letters(next(self.runs)).capitalize()
         self.writers: list[Client] = []
         self.readers: list[Client] = []
@@ -160,15 +162,26 @@ class Registers:
         """Return all operations on a user."""
         return [operation for client in self.clients if client.user == user for operation in client.history]
 
-    def check_nothing_lost(self, rows: dict[str, date], *shown: dict[str, date]) -> None:
-        """Fail if a table lacks a date that was acknowledged, answered to a GET, or shown by another table."""
-        for user in {client.user for client in self.clients}:
-            seen = [Operation(NEVER, NEVER, days_of(table.get(user))) for table in shown]
-            lost = first_lost([*self.history(user), *seen], days_of(rows.get(user)))
-            assert lost is None, f"{user}: {lost} is lost; the last value is {days_of(rows.get(user))}"
+    def record(self, survivor: Database) -> None:
+        """Read the table of the server that survives, as one more reader of each user."""
+        start = time.monotonic()
+        rows = survivor.rows()
+        self.tables.append((start, time.monotonic(), rows))
 
-    def check_linearizable(self, rows: dict[str, date], in_doubt_until: float = 0) -> None:
-        """Fail if a user's history, and what a table holds in the end, is not linearizable.
+    def table_reads(self, user: str) -> list[Operation]:
+        """Return what the recorded tables show of a user."""
+        return [Operation(start, end, days_of(rows.get(user))) for start, end, rows in self.tables]
+
+    def check_nothing_lost(self, shown: Database) -> None:
+        """Fail if a recorded table lacks a date that was acknowledged, or shown by a GET or by another server."""
+        rows = shown.rows()
+        for user in {client.user for client in self.clients}:
+            seen = Operation(NEVER, NEVER, days_of(rows.get(user)))
+            lost = first_lost([*self.history(user), seen], self.table_reads(user))
+            assert lost is None, f"{user}: something was lost or undone before {lost}"
+
+    def check_linearizable(self, in_doubt_until: float = 0) -> None:
+        """Fail if a user's history is not linearizable; it includes the recorded tables.
 
         A PUT that was answered 503 may take effect before its answer, or before the moment `in_doubt_until`.
         """
@@ -177,18 +190,13 @@ class Registers:
                 operation if operation.is_certain else operation._replace(end=max(operation.end, in_doubt_until))
                 for operation in self.history(user)
             ]
-            moment = time.monotonic()
-            history.append(Operation(moment, moment, days_of(rows.get(user))))
-            violation = first_violation(history)
-            assert violation is None, f"{user}: {violation} contradicts the operations before it"
+            violation = first_violation(history + self.table_reads(user))
+            assert violation is None, f"{user}: the operations before it contradict {violation}"
 
-    def report(self) -> str:
+    def report(self, promoted: float) -> str:
         """Return what happened, in one line."""
         counts = [
-            (sum(self.successes(client) for client in clients), sum(len(client.failures) for client in clients))
-            for clients in (self.writers, self.readers)
+            f"{method}: {sum(map(self.successes, clients))} successes, {sum(len(c.failures) for c in clients)} failures"
+            for method, clients in {"PUT": self.writers, "GET": self.readers}.items()
         ]
-        return "; ".join(
-            f"{method}: {successes} successes, {failures} x 503"
-            for method, (successes, failures) in zip(("PUT", "GET"), counts, strict=True)
-        )
+        return f"{'; '.join(counts)}; the last failure {self.last_failure - promoted:.2f} s after the promotion"
