@@ -265,7 +265,7 @@ class Connection(extensions.connection):
     """A connection that waits for Postgres until its `deadline` (monotonic seconds) and no longer."""
 
     offset = 0  # with which server of PGHOST the next attempt to connect begins
-    writer, writer_since = "", 0.0  # which server takes the writes
+    writer, writer_since = "", 0.0  # which server committed the last write; connections to others must be newer
 
     def __init__(self, deadline: float, dsn: str, **arguments: Any) -> None:
         self.offset, self.deadline, self.opened = Connection.offset, deadline, monotonic()
@@ -336,12 +336,12 @@ def connect(until: float) -> Connection:
 
 def usable(connection: Connection | None, until: float, *, writes: bool) -> Connection:
     """Return the connection, or a new one if its server has closed it or another server takes the writes now."""
+    if connection and connection.server != Connection.writer and connection.opened < Connection.writer_since:
+        connection.leave()
     if connection and not connection.closed:
         poller = select.poll()
         poller.register(connection, select.POLLIN)
-        if (connection.server == Connection.writer or connection.opened >= Connection.writer_since) and not poller.poll(
-            0
-        ):
+        if not poller.poll(0):
             return connection
         connection.close()
     connection = connect(until)
@@ -349,8 +349,6 @@ def usable(connection: Connection | None, until: float, *, writes: bool) -> Conn
         connection.leave()
         sleep(CONNECT_TIMEOUT)  # before the next connection is opened
         raise psycopg2.OperationalError("earlier writes still wait for a synchronous standby")
-    if writes and connection.server != Connection.writer:
-        Connection.writer, Connection.writer_since = connection.server, connection.opened
     return connection
 
 
@@ -369,6 +367,8 @@ def save(cursor: Any, rows: list[tuple[str, date]]) -> list[None]:
     try:
         cursor.execute(statement, (round(STATEMENT_TIMEOUT * 1000), *unique, connection.deadline + connection.clock))
         if not connection.notices:
+            since = monotonic() - (DATABASE_TIMEOUT if connection.server == Connection.writer else 0)
+            Connection.writer, Connection.writer_since = connection.server, max(since, Connection.writer_since)
             return [None] * len(rows)
     except psycopg2.Error as error:
         if (error.pgcode or "08").startswith("08"):  # a connection exception, PgBouncer's included

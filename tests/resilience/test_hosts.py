@@ -118,6 +118,25 @@ def test_host_that_swallows_a_write_is_left_for_the_next(database: Database, sec
             assert second.rows()["Swallowed"].year == 1991
 
 
+def test_get_that_was_sent_to_another_host_than_puts_returns_to_theirs(
+    database: Database, second: Database, tmp_path: Path
+) -> None:
+    with FaultProxy(f"{database.sockets_folder}/.s.PGSQL.{database.port}") as proxy:
+        hosts = database.hosts((LOOPBACK, proxy.port), (second.sockets_folder, second.port))
+        timeouts = {"CONNECT_TIMEOUT": "1", "DATABASE_TIMEOUT": "1.5"}
+        with Service(tmp_path, hosts, WEB_CONCURRENCY="1", **timeouts) as service:
+            assert service.put("Return").status == 204
+            assert service.ask("GET", "/hello/Return").status == 200
+            proxy.blackhole()
+            assert service.ask("GET", "/hello/Return").status == 503
+            proxy.heal()
+            assert service.ask("GET", "/hello/Return").status == 404  # of the second host, as the first one was silent
+            wait_until(
+                lambda: service.put("Return").status == 204 and service.ask("GET", "/hello/Return").status == 200
+            )
+    assert second.rows() == {}
+
+
 # --- A commit that waits for a standby --------------------------------------------------------------
 
 
