@@ -39,25 +39,25 @@ __version__ = "1.0.0"
 
 # --- Settings ---------------------------------------------------------------------------------------
 
-Setting = namedtuple("Setting", "default unit minimum meaning")  # a unit is "s" for seconds or "" for none
+Setting = namedtuple("Setting", "default unit minimum meaning maximum", defaults=[1e6])
 SETTINGS: dict[str, Setting] = {}
 
 
 def setting(kind: Callable[[str], Any], name: str, *declaration: Any) -> Any:
-    """Declare a setting and return its value; exit with one line if that is unusable."""
-    default, _, minimum, meaning = SETTINGS[name] = Setting(*declaration)
+    """Declare a setting and return its value; exit with a one-line message if the value is invalid."""
+    default, _, minimum, meaning, maximum = SETTINGS[name] = Setting(*declaration)
     text = os.environ.get(name) or default
     with suppress(ValueError, KeyError, OSError):  # the last two are ZoneInfo's
         value = kind(text)
-        if not isinstance(value, int | float) or minimum <= value < float("inf"):
+        if not isinstance(value, int | float) or minimum <= value <= maximum:
             return value
-    bound = f" of at least {minimum:g}" if minimum else ""
+    bound = f" from {minimum:g} to {maximum:.0f}" if minimum else ""
     sys.exit(f"{name}={text!r} cannot be used: it must be the {meaning}{bound}; the default is {default}")
 
 
 HOST = setting(str, "HOST", "127.0.0.1", "", 0, "address that the service listens on")
-PORT = setting(int, "PORT", "8080", "", 1, "port of the service")
-TZ = setting(ZoneInfo, "TZ", "UTC", "", 0, "IANA time zone whose today counts, such as Europe/Berlin")
+PORT = setting(int, "PORT", "8080", "", 1, "port of the service", 65535)
+TZ = setting(ZoneInfo, "TZ", "UTC", "", 0, "IANA time zone that decides the date of today, such as Europe/Berlin")
 DATABASE_CONNECTIONS = setting(int, "DATABASE_CONNECTIONS", "1", "", 1, "number of connections for GET, and for PUT")
 BATCH_SIZE = setting(int, "BATCH_SIZE", "100", "", 1, "number of requests that may share one statement")
 QUEUE_TIMEOUT = setting(float, "QUEUE_TIMEOUT", "1.5", "s", 0.001, "time that a request waits for a connection")
@@ -67,19 +67,19 @@ DATABASE_TIMEOUT = setting(float, "DATABASE_TIMEOUT", "3", "s", 0.001, "time for
 INIT_TIMEOUT = setting(float, "INIT_TIMEOUT", "60", "s", 0.001, "time that init-db waits for the database")
 MAX_CONTENT_BYTES = 4096
 MAX_USERNAME_LETTERS = 255
-MAX_USERNAME_BYTES = 2500  # an entry of Postgres' index holds 2,704
+MAX_USERNAME_BYTES = 2500  # an index entry of Postgres holds at most 2,704
 EXAMPLE = '{"dateOfBirth": "YYYY-MM-DD"}'
 encode_json = json.JSONEncoder(ensure_ascii=False).encode
 OPENAPI = Path(__file__).with_name("openapi.yaml").read_bytes()
 
 # --- SQL --------------------------------------------------------------------------------------------
 
-# Each is one message, so one transaction. SET LOCAL leaves nothing behind in a session that PgBouncer may share.
+# Each is sent as one message, which is one transaction; SET LOCAL leaves no setting in a session that PgBouncer shares.
 FIND_DATES_OF_BIRTH = (
     "SET LOCAL statement_timeout = %s; SELECT username, date_of_birth FROM users WHERE username = ANY(%s)"
 )
-# The SELECT divides by zero, which undoes the INSERT, if it is late: a statement that the service gave up must not
-# overwrite what it acknowledged later. It stands behind the INSERT to read the clock when the rows are locked.
+# After the given moment the SELECT divides by zero, which undoes the INSERT: a delayed write must not overwrite a later
+# acknowledged one. It follows the INSERT because the clock must be read when the rows are locked.
 SAVE_DATES_OF_BIRTH = """
     SET LOCAL statement_timeout = %s; SET LOCAL client_min_messages = error;
     INSERT INTO users (username, date_of_birth) VALUES {rows}
@@ -87,7 +87,7 @@ SAVE_DATES_OF_BIRTH = """
     SET LOCAL client_min_messages = warning;
     SELECT 1 / (clock_timestamp() < to_timestamp(%s))::int
 """
-# The server's time, which server it is, and how many writes that were given up still wait there for a standby.
+# The server's time, which server it is, and how many commits have waited for a standby for longer than some seconds.
 ON_CONNECT = """
     SELECT extract(epoch FROM clock_timestamp())::float8, concat(inet_server_addr(), ' ', pg_postmaster_start_time()),
         (SELECT count(*) FROM pg_stat_activity WHERE usename = current_user AND wait_event = 'SyncRep'
@@ -110,8 +110,7 @@ def birthday_in(year: int, born: date) -> date:
 
 def days_until_birthday(born: date, on: date) -> int:
     """Return the days from a date to the next birthday: 0 on the day, 365 at most."""
-    birthday = birthday_in(on.year, born)
-    return ((birthday if birthday >= on else birthday_in(on.year + 1, born)) - on).days
+    return (min(day for day in (birthday_in(on.year, born), birthday_in(on.year + 1, born)) if day >= on) - on).days
 
 
 # --- Requests and responses -------------------------------------------------------------------------
@@ -130,7 +129,7 @@ def message_response(status: int, message: str, *headers: tuple[str, str]) -> Re
 
 
 class HTTPError(Exception):
-    """Another response than the requested one; the arguments are those of message_response."""
+    """An error response; the arguments are those of message_response."""
 
 
 def parse_username(text: str) -> str:
@@ -140,10 +139,12 @@ def parse_username(text: str) -> str:
     except UnicodeError:
         raise HTTPError(400, "The username must be percent-encoded UTF-8.") from None
     kinds = "".join([unicodedata.category(character)[0] for character in name])
-    if kinds[:1] != "L" or kinds.strip("LM"):
+    if kinds[:1] != "L" or set(kinds) - {"L", "M"}:
         raise HTTPError(400, "The username must be one or more letters and nothing else.")
     if kinds.count("L") > MAX_USERNAME_LETTERS or len(name.encode()) > MAX_USERNAME_BYTES:
-        raise HTTPError(400, f"The username must be at most {MAX_USERNAME_LETTERS} letters and 2,500 bytes long.")
+        raise HTTPError(
+            400, f"The username must be at most {MAX_USERNAME_LETTERS} letters and {MAX_USERNAME_BYTES:,} bytes long."
+        )
     return name
 
 
@@ -175,10 +176,9 @@ def parse_date_of_birth(document: dict[str, Any]) -> date:
     """Return the date in {"dateOfBirth": "YYYY-MM-DD"}: a real date before today; or 400."""
     if not isinstance(text := document.get("dateOfBirth"), str):
         raise HTTPError(400, f"There is no dateOfBirth string: send {EXAMPLE}.")
-    try:
+    born = None
+    with suppress(ValueError):
         born = date.fromisoformat(text)
-    except ValueError:
-        born = None
     if born is None or born.isoformat() != text:  # fromisoformat accepts more than YYYY-MM-DD
         raise HTTPError(400, "dateOfBirth must be a real date, written YYYY-MM-DD.")
     if born >= today():
@@ -191,15 +191,13 @@ def get_hello(environ: WSGIEnvironment, username: str) -> Response:
     """Return the greeting with the days until the birthday: 200, 404."""
     if (born := find_date_of_birth(username)) is None:
         raise HTTPError(404, "No date of birth is saved for this username: PUT it first.")
-    days = days_until_birthday(born, today())
-    wish = f"Your birthday is in {days} day(s)" if days else "Happy birthday!"
+    wish = f"Your birthday is in {days} day(s)" if (days := days_until_birthday(born, today())) else "Happy birthday!"
     return message_response(200, f"Hello, {username}! {wish}")
 
 
 def put_hello(environ: WSGIEnvironment, username: str) -> Response:
     """Save or replace a user's date of birth: 204 once Postgres has committed it, 400, 413."""
-    document = parse_document(read_content(environ))
-    save_date_of_birth((username, parse_date_of_birth(document)))
+    save_date_of_birth((username, parse_date_of_birth(parse_document(read_content(environ)))))
     return Response(204)
 
 
@@ -241,7 +239,7 @@ def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iter
         response = route(environ)
     except HTTPError as error:
         response = message_response(*error.args)
-    except Exception as error:  # a defect: its text may hold personal data, its location does not
+    except Exception as error:  # a bug; its text may contain personal data, its location does not
         where = traceback.extract_tb(error.__traceback__)[-1]
         logging.getLogger("hello").error("%s in %s, line %s", type(error).__name__, where.filename, where.lineno)
         response = message_response(*UNAVAILABLE)
@@ -254,9 +252,9 @@ def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iter
 
 # --- Access to Postgres -----------------------------------------------------------------------------
 
-# Errors that one row of a batch can cause (QueryCanceled: by a lock on it). They undo the whole batch.
+# Errors that one row of a batch can cause (QueryCanceled: the row was locked). They undo the whole batch.
 ROW_ERRORS = (psycopg2.DataError, psycopg2.IntegrityError, errors.QueryCanceled, ValueError)
-Batch = namedtuple("Batch", "began done rows results")  # a result is one of the statement or an exception
+Batch = namedtuple("Batch", "began done rows results")  # a result is that of a row, or an exception
 resolver = futures.ThreadPoolExecutor(16)
 lookups: dict[str, "futures.Future[Any]"] = {}  # of host names, at most one at a time for each
 
@@ -273,11 +271,11 @@ class Connection(extensions.connection):
             super().__init__(dsn, **arguments)
             self.autocommit = True
             with self.cursor() as cursor:
-                cursor.execute(ON_CONNECT, (DATABASE_TIMEOUT / 2,))  # connecting may have taken the rest
+                cursor.execute(ON_CONNECT, (DATABASE_TIMEOUT / 2,))  # connecting may take the other half
                 ((server_time, self.server, self.waiting_commits),) = cursor.fetchall()
-            self.clock = server_time - monotonic()  # the server's time at our monotonic zero
+            self.clock_offset = server_time - monotonic()  # from our monotonic time to the server's time
         except BaseException:
-            self.leave()  # at once: later, the server could complete it
+            self.leave()  # now, because the server could still complete the connection
             raise
 
     def leave(self) -> None:
@@ -299,7 +297,7 @@ def wait(connection: extensions.connection) -> None:
 
 
 def servers(deadline: float) -> dict[str, str]:
-    """Return libpq's host, hostaddr and port. It would look names up itself, but block the process for each."""
+    """Return libpq's host, hostaddr and port; its own lookup of names would block the process."""
     hosts, ports = (os.environ.get(name, "").split(",") for name in ("PGHOST", "PGPORT"))
     names = {host for host in hosts if host[:1] not in {"", "/", "@"}}  # the others are sockets
     for name in names:
@@ -307,7 +305,7 @@ def servers(deadline: float) -> dict[str, str]:
             lookups[name] = resolver.submit(socket.getaddrinfo, name, None, type=socket.SOCK_STREAM)
     started = {name: lookups[name] for name in names}
     found: list[tuple[str, str, str]] = []
-    for moment in ((monotonic() + deadline) / 2, deadline):  # the second only if no host has an address by the first
+    for moment in ((monotonic() + deadline) / 2, deadline):  # wait until the deadline only if no host was found by then
         futures.wait(started.values(), 0 if found else moment - monotonic())
         known = {name: lookup.result() for name, lookup in started.items() if lookup.done() and not lookup.exception()}
         addresses = {name: list(dict.fromkeys(str(entry[4][0]) for entry in known[name])) for name in known}
@@ -347,7 +345,7 @@ def usable(connection: Connection | None, until: float, *, writes: bool) -> Conn
     connection = connect(until)
     if writes and connection.waiting_commits:
         connection.leave()
-        sleep(CONNECT_TIMEOUT)  # before the next connection is opened
+        sleep(CONNECT_TIMEOUT)  # limits the rate of new connections
         raise psycopg2.OperationalError("earlier writes still wait for a synchronous standby")
     return connection
 
@@ -355,8 +353,7 @@ def usable(connection: Connection | None, until: float, *, writes: bool) -> Conn
 def find(cursor: Any, usernames: list[str]) -> list[date | None]:
     """Return the date of birth of each username, None if there is none."""
     cursor.execute(FIND_DATES_OF_BIRTH, (round(STATEMENT_TIMEOUT * 1000), usernames))
-    found = dict(cursor.fetchall())
-    return [found.get(username) for username in usernames]
+    return list(map(dict(cursor.fetchall()).get, usernames))
 
 
 def save(cursor: Any, rows: list[tuple[str, date]]) -> list[None]:
@@ -364,8 +361,9 @@ def save(cursor: Any, rows: list[tuple[str, date]]) -> list[None]:
     connection, unique = cursor.connection, sorted(dict(rows).items())
     connection.notices.clear()
     statement = SAVE_DATES_OF_BIRTH.format(rows=", ".join(["%s"] * len(unique)))
+    parameters = (round(STATEMENT_TIMEOUT * 1000), *unique, connection.deadline + connection.clock_offset)
     try:
-        cursor.execute(statement, (round(STATEMENT_TIMEOUT * 1000), *unique, connection.deadline + connection.clock))
+        cursor.execute(statement, parameters)
         if not connection.notices:
             since = monotonic() - (DATABASE_TIMEOUT if connection.server == Connection.writer else 0)
             Connection.writer, Connection.writer_since = connection.server, max(since, Connection.writer_since)
@@ -375,7 +373,7 @@ def save(cursor: Any, rows: list[tuple[str, date]]) -> list[None]:
             raise ConnectionResetError("the connection was lost") from None
         if not isinstance(error, errors.DivisionByZero):
             raise
-    connection.close()  # a new one reads the server's clock again
+    connection.close()  # the next one reads the server's clock again
     raise psycopg2.OperationalError("the statement was late, or no standby confirmed its commit")
 
 
@@ -399,7 +397,7 @@ class Batcher:
         """Return the statement's result for a row; raise HTTPError (503)."""
         with self.lock:
             batch = self.waiting[-1] if self.waiting else None
-            # Rows join only soon after the first one: all give up when that has waited for QUEUE_TIMEOUT.
+            # Rows join for a tenth of QUEUE_TIMEOUT only, because all of a batch give up with its first row.
             if not batch or len(batch.rows) >= BATCH_SIZE or monotonic() - batch.began > QUEUE_TIMEOUT / 10:
                 batch = Batch(monotonic(), threading.Event(), [], [])
                 self.waiting.append(batch)
@@ -426,10 +424,12 @@ class Batcher:
             finally:
                 self.idle.put(connection)
             if any(isinstance(result, ConnectionResetError) for result in batch.results):
-                sleep(max(0, deadline - monotonic()))  # until Postgres refuses the write, so that a 503 is final
+                sleep(
+                    max(0, deadline - monotonic())
+                )  # Postgres refuses the write from then on: it cannot happen after the 503
         except Empty:
             pass
-        finally:  # also if the WSGI server ends this request
+        finally:  # also if the WSGI server kills this request
             batch.done.set()
 
     def run(self, connection: Connection | None, rows: list[Any], deadline: float) -> tuple[Any, list[Any]]:
@@ -446,10 +446,11 @@ class Batcher:
                 connection.leave()
         finally:
             self.observe(self.name, len(rows), monotonic() - start, error)
-        until = deadline if len(rows) > 1 and isinstance(error, ROW_ERRORS) else 0
-        return connection, [
-            self.run(connection, [row], deadline)[1][0] if monotonic() < until else error for row in rows
-        ]
+        results: list[Any] = [error] * len(rows)
+        for index, row in enumerate(rows if len(rows) > 1 and isinstance(error, ROW_ERRORS) else []):
+            if monotonic() < deadline:
+                connection, (results[index],) = self.run(connection, [row], deadline)
+        return connection, results
 
 
 extensions.set_wait_callback(wait)
@@ -458,7 +459,7 @@ save_date_of_birth = Batcher(save)
 
 
 def init_db() -> None:
-    """Apply schema.sql once the database answers; print what it waits for, and exit with it after INIT_TIMEOUT."""
+    """Apply schema.sql once the database answers; print the reason for waiting, and exit with it after INIT_TIMEOUT."""
     schema, deadline, reason = Path(__file__).with_name("schema.sql").read_text(), monotonic() + INIT_TIMEOUT, ""
     while True:
         try:

@@ -186,6 +186,35 @@ def test_error_of_one_row_fails_that_row_only(table: Database, statements: State
     assert sorted(statements[2:]) == [("find", 1, ""), ("find", 1, "ValueError")]
 
 
+def test_rows_that_are_sent_one_by_one_share_a_new_connection(table: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[hello.Connection] = []
+    connect = hello.connect
+
+    def count_connections(until: float) -> hello.Connection:
+        opened.append(connect(until))
+        return opened[-1]
+
+    monkeypatch.setattr(hello, "connect", count_connections)
+    first = True
+
+    def lose_the_connection_once(cursor: Any, rows: list[str]) -> list[str]:
+        nonlocal first
+        if len(rows) > 1:
+            raise ValueError
+        if first:
+            first = False
+            cursor.connection.close()
+            raise ConnectionResetError
+        return rows
+
+    batcher = hello.Batcher(lose_the_connection_once)
+    connection, answers = batcher.run(None, NAMES, time.monotonic() + 30)
+    assert answers[1:] == NAMES[1:]
+    assert len(opened) == 2
+    assert connection is opened[1]
+    connection.close()
+
+
 @pytest.mark.usefixtures("patient")
 def test_error_that_no_row_causes_fails_the_batch_after_one_statement(
     app: TestApp, table: Database, statements: Statements

@@ -32,6 +32,7 @@ def slow_names(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return look_up(host, *arguments, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", slow)
+    hello.lookups.clear()
     yield
     hello.lookups.clear()
 
