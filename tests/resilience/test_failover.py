@@ -19,6 +19,7 @@ from tests.support.wait import in_thread, wait_until
 # QUEUE_TIMEOUT + DATABASE_TIMEOUT of SHORT_TIMEOUTS, an attempt to connect, and a margin for a busy machine.
 IN_TIME = 0.375 + 0.75 + 0.25 + 2
 SESSIONS = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'hello'"
+REPLAYED = "SELECT pg_last_wal_replay_lsn() = pg_last_wal_receive_lsn()"
 NOT_WAITING = f"{SESSIONS} AND wait_event IS DISTINCT FROM 'SyncRep'"
 
 
@@ -51,8 +52,10 @@ class Cluster:
         for path in self.paths:
             path.blackhole()
 
-    def promote(self) -> float:
-        """Promote the standby; return when it accepted writes."""
+    def promote(self, load: Registers) -> float:
+        """Record what the standby has, and promote it; return when it accepted writes."""
+        wait_until(lambda: self.standby.query(REPLAYED) == [(True,)])
+        load.record(self.standby)
         assert self.standby.query("SELECT pg_promote()") == [(True,)]
         return time.monotonic()
 
@@ -71,8 +74,7 @@ def test_primary_that_is_cut_off_leaves_histories_linearizable(cluster: Cluster,
         os.kill(cluster.services[1].workers()[0], signal.SIGKILL)  # its PUTs get no answer: they may be stored or not
         wait_until(cluster.services[1].is_up)
         load.wait_for_failures(1)
-        promoted = cluster.promote()
-        load.record(cluster.standby)
+        promoted = cluster.promote(load)
         load.wait_for_successes(10)
     load.record(cluster.standby)
     report(load.report(promoted))
@@ -81,24 +83,43 @@ def test_primary_that_is_cut_off_leaves_histories_linearizable(cluster: Cluster,
     assert load.last_failure < promoted + IN_TIME
 
 
+def fence_and_promote_later(cluster: Cluster, load: Registers) -> float:
+    """Let PUTs fail and GETs succeed, then fence the primary and promote the standby; return when."""
+    load.wait_for_failures(2, load.writers)
+    load.wait_for_successes(10, load.readers)
+    cluster.fence()
+    load.wait_for_failures(1, load.readers)
+    return cluster.promote(load)
+
+
 def test_primary_that_is_fenced_after_it_lost_its_standby_leaves_histories_linearizable(
     cluster: Cluster, report: Callable[[str], None]
 ) -> None:
     with Registers(cluster.services) as load:
         load.wait_for_successes(10)
         cluster.cut_replication()
-        load.wait_for_failures(3, load.writers)
-        load.wait_for_successes(10, load.readers)
-        cluster.fence()
-        load.wait_for_failures(1, load.readers)
-        promoted = cluster.promote()
-        load.record(cluster.standby)
+        promoted = fence_and_promote_later(cluster, load)
         load.wait_for_successes(10)
     load.record(cluster.standby)
     report(load.report(promoted))
     load.check_nothing_lost(cluster.primary)
     load.check_linearizable(in_doubt_until=promoted)  # the standby may have commits that it could not confirm
     assert load.last_failure < promoted + IN_TIME
+
+
+def test_put_answered_503_whose_commit_the_standby_could_not_confirm_takes_effect_with_the_promotion(
+    cluster: Cluster,
+) -> None:
+    with Registers(cluster.services) as load:
+        load.wait_for_successes(10)
+        cluster.replication.drop(requests=True, replies=False)  # the standby gets all commits, and confirms none
+        promoted = fence_and_promote_later(cluster, load)
+        load.wait_for_successes(10)
+    load.record(cluster.standby)
+    load.check_nothing_lost(cluster.primary)
+    load.check_linearizable(in_doubt_until=promoted)
+    with pytest.raises(AssertionError, match="contradict"):
+        load.check_linearizable()
 
 
 @pytest.mark.parametrize("is_fenced", [True, False], ids=["fenced", "reachable"])
@@ -109,8 +130,7 @@ def test_primary_that_is_frozen_and_resumed_after_the_promotion_undoes_nothing(
         load.wait_for_successes(10)
         with cluster.primary.suspended():
             load.wait_for_failures(1)
-            promoted = cluster.promote()
-            load.record(cluster.standby)
+            promoted = cluster.promote(load)
             load.wait_for_successes(10)
             if is_fenced:
                 cluster.fence()
@@ -129,11 +149,10 @@ def test_standby_promoted_beside_its_living_primary_has_every_write_and_get_foll
     with Registers(cluster.services) as load:
         load.wait_for_successes(10)
         cluster.cut_replication()
-        load.wait_for_failures(5, load.writers)
+        load.wait_for_failures(4, load.writers)
         load.wait_for_successes(10, load.readers)
         [(sessions,)] = cluster.primary.query(SESSIONS)
-        promoted = cluster.promote()
-        load.record(cluster.standby)
+        promoted = cluster.promote(load)
         load.wait_for_successes(10)
         wait_until(lambda: cluster.primary.query(NOT_WAITING) == [(0,)])
     load.record(cluster.standby)

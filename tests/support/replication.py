@@ -23,7 +23,8 @@ class Pair(NamedTuple):
 @contextlib.contextmanager
 def replicated() -> Iterator[Pair]:
     """Yield a primary and a standby on 127.0.0.1; each commit waits for the standby."""
-    primary, standby = (Database(listen_addresses=LOOPBACK, port=str(free_port())) for _ in range(2))
+    # Without fsync, because no test stops the operating system.
+    primary, standby = (Database(listen_addresses=LOOPBACK, port=str(free_port()), fsync="off") for _ in range(2))
     with contextlib.ExitStack() as stack:
         stack.callback(primary.stop)
         primary.start()
