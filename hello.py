@@ -424,9 +424,7 @@ class Batcher:
             finally:
                 self.idle.put(connection)
             if any(isinstance(result, ConnectionResetError) for result in batch.results):
-                sleep(
-                    max(0, deadline - monotonic())
-                )  # Postgres refuses the write from then on: it cannot happen after the 503
+                sleep(max(0, deadline - monotonic()))  # then Postgres refuses the write: a 503 is final
         except Empty:
             pass
         finally:  # also if the WSGI server kills this request
