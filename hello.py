@@ -475,4 +475,6 @@ def init_db() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] not in ([], ["init-db"]):
+        sys.exit("usage: python hello.py [init-db]")
     init_db() if sys.argv[1:] == ["init-db"] else make_server(HOST, PORT, application).serve_forever()

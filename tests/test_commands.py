@@ -48,6 +48,11 @@ def test_unusable_number_stops_the_start_with_one_line(name: str, value: str) ->
     assert result.stderr.count("\n") == 1
 
 
+def test_unknown_command_is_one_line() -> None:
+    result = run_hello("initdb")
+    assert (result.returncode, result.stderr) == (1, "usage: python hello.py [init-db]\n")
+
+
 def test_init_db_where_nothing_answers_says_once_what_it_waits_for_and_names_the_database() -> None:
     port = str(free_port())
     result = run_hello("init-db", PGHOST="127.0.0.1", PGPORT=port, PGDATABASE="hello", INIT_TIMEOUT="2.5")
