@@ -1,4 +1,4 @@
-"""What the service may do in the database, how it checks whom it talks to, and what logs and process lists show."""
+"""What the service may do in the database, how it verifies its server, and what logs and process lists show."""
 
 import contextlib
 import re
