@@ -96,3 +96,11 @@ LOG_FORMAT = word(
     "LOG_FORMAT", ("auto", "json", "text"), "auto", "Form of a log line; auto is text in a terminal, else json"
 )
 TELEMETRY = word("TELEMETRY", ("on", "off"), "on", "off: no metrics, no log lines of requests, no request ids")
+
+
+def addresses() -> dict[str, tuple[str, int]]:
+    """Return host and port of each address that the service listens on, by the setting of the port."""
+    listened = {"PORT": (HOST, PORT)}
+    if METRICS_PORT and TELEMETRY == "on":
+        listened["METRICS_PORT"] = (METRICS_HOST, METRICS_PORT)
+    return listened
