@@ -1,6 +1,6 @@
-"""Serve hello: `python -m server` does what `gunicorn hello:application` does, and checks WEB_CONCURRENCY before.
+"""Run `gunicorn hello:application` after a check of WEB_CONCURRENCY: `python -m server`.
 
-gunicorn itself reads that variable before it reads its configuration, and ends with a traceback where it is no number.
+gunicorn reads that variable before its configuration, and exits with a traceback if it is not a number.
 """
 
 import runpy

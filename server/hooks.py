@@ -11,13 +11,15 @@ from prometheus_client.multiprocess import mark_process_dead
 
 from server import settings
 
-MEMORY_FOLDER = next((path for path in ("/dev/shm",) if os.access(path, os.W_OK)), None)
+MEMORY_FOLDER = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 METRICS_FOLDER = Path(MEMORY_FOLDER or tempfile.gettempdir()) / f"hello-metrics-{os.getpid()}"
 
 
 def bind_addresses() -> list[str]:
-    """Return the addresses to listen on: the service's, and that of the metrics where there are any."""
-    addresses = settings.addresses().values()
+    """Return the addresses to listen on: of the service, and of /metrics if it is served."""
+    addresses = [(settings.HOST, settings.PORT)]
+    if settings.METRICS_PORT and settings.TELEMETRY == "on":
+        addresses.append((settings.METRICS_HOST, settings.METRICS_PORT))
     return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in addresses]
 
 
@@ -31,8 +33,8 @@ def on_starting(server: Any) -> None:
 
 
 def when_ready(server: Any) -> None:
-    """Make the folder where each worker keeps its metrics, so that any of them can add them up."""
-    shutil.rmtree(METRICS_FOLDER, ignore_errors=True)  # an earlier master may have had this process id
+    """Create the folder in which the workers share their metrics."""
+    shutil.rmtree(METRICS_FOLDER, ignore_errors=True)  # left by an earlier master with this process id
     METRICS_FOLDER.mkdir(mode=0o700)
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(METRICS_FOLDER)
 
@@ -43,13 +45,13 @@ def on_exit(server: Any) -> None:
 
 
 def pre_fork(server: Any, worker: Any) -> None:
-    """Give a worker the lowest number that no living one has: it continues the metrics of the one that had it."""
+    """Give the worker the lowest free number; it continues the metrics of the last worker with that number."""
     taken = {other.number for other in server.WORKERS.values()}
     worker.number = next(number for number in range(1, len(taken) + 2) if number not in taken)
 
 
 def post_worker_init(worker: Any) -> None:
-    """Put telemetry around the application, and a log line in the place of gevent's tracebacks."""
+    """Wrap the application in telemetry, and log uncaught exceptions instead of gevent's tracebacks."""
     import gevent  # in the worker, because the master must import neither gevent nor hello
 
     import hello

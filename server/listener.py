@@ -13,17 +13,17 @@ import gevent
 from gevent.server import StreamServer
 
 SO_ATTACH_FILTER = 26  # Linux
-REST_SECONDS = 0.001
-HANDSHAKE_SECONDS = 0.1  # for handshakes that have begun
+PAUSE_SECONDS = 0.001  # between two turns of accepting
+HANDSHAKE_SECONDS = 0.1  # time for TCP handshakes in progress to complete
 # A classic BPF program: load the TCP flags; drop a packet with SYN and without ACK, keep every other one.
 DROP_SYN = [(0x30, 0, 0, 13), (0x54, 0, 0, 0x12), (0x15, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF)]
 
 
 class Listener(StreamServer):
-    """A server that accepts in turns with those of the other workers, and that resets no connection when it closes."""
+    """A gevent server that shares new connections with the other workers, and closes without resetting any."""
 
     max_accept = 16  # in a turn
-    is_resting = False
+    is_paused = False
 
     def do_read(self) -> Any:
         """Accept a connection; after a turn, leave the next ones to the other workers for a moment.
@@ -31,30 +31,30 @@ class Listener(StreamServer):
         Otherwise the worker that happens to run accepts a whole burst, and the other cores stay idle.
         """
         arrival = super().do_read()
-        if arrival and not self.is_resting:
-            self.is_resting = True
+        if arrival and not self.is_paused:
+            self.is_paused = True
             self.stop_accepting()
-            gevent.spawn_later(REST_SECONDS, self.accept_again)
+            gevent.spawn_later(PAUSE_SECONDS, self.accept_again)
         return arrival
 
     def accept_again(self) -> None:
         """Begin the next turn."""
-        self.is_resting = False
+        self.is_paused = False
         if self.started:
             self.start_accepting()
 
     def close(self) -> None:
-        """Stop accepting; to close with connections in the queue would reset them."""
+        """Serve the connections in the accept queue, then close: closing a queue that is not empty resets them."""
         if self.started:
             self.stop_accepting()
             if is_closed_by_master(self.socket):
-                with contextlib.suppress(OSError):  # not permitted here
+                with contextlib.suppress(OSError):  # socket filters are not permitted
                     ignore_new_connections(self.socket)
                 gevent.sleep(HANDSHAKE_SECONDS)
             with contextlib.suppress(OSError):  # out of file descriptors
                 while not self.full() and (arrival := super().do_read()):
                     self.do_handle(*arrival)
-            close_at_once(self.socket.detach())  # gevent's close leaves time for further connections
+            close_at_once(self.socket.detach())  # gevent closes later, and connections could arrive until then
         super().close()
 
 
@@ -69,7 +69,7 @@ def is_closed_by_master(listener: Any) -> bool:
 
 
 def ignore_new_connections(listener: Any) -> None:
-    """Let the kernel ignore new connections: clients repeat their first packet, and are refused once this is closed."""
+    """Make the kernel drop SYN packets: clients repeat them, and are refused once the socket is closed."""
     program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in DROP_SYN))
     description = struct.pack("@HP", len(DROP_SYN), ctypes.addressof(program))
     listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, description)

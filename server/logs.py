@@ -1,10 +1,10 @@
-"""Log lines: their form, and a thread that writes them, so that a reader that stops cannot stop a process.
+"""Format log lines, and write them in a thread: a reader that stops does not block the process.
 
 A line names a route, never a user: no path, query string, username or date of birth, and of an exception its class and
-its location, because its text may quote any of these.
+its location: its text may quote any of these.
 
-gunicorn's master imports this module before its workers make the standard library cooperative. So the thread, the queue
-and the lock here are the system's own in every process.
+gunicorn's master imports this module before gevent patches the standard library in its workers. The thread, the queue
+and the lock are therefore those of the operating system.
 """
 
 import atexit
@@ -29,8 +29,8 @@ LOG = logging.getLogger("hello")
 STDOUT = 1
 IS_TEXT = settings.LOG_FORMAT == "text" or (settings.LOG_FORMAT == "auto" and os.isatty(STDOUT))
 MAX_WAITING_LINES = 10_000  # about 5 MB; 1 second of requests at full load
-WRITE_SECONDS = 0.05  # lines of this time are written together: each write wakes the reader
-STOP_SECONDS = 1.0  # how long a process that ends waits for its last lines to be read
+WRITE_SECONDS = 0.05  # lines are collected for this time: each write wakes the reader
+STOP_SECONDS = 1.0  # how long a process waits at its exit for its last lines to be written
 
 # --- Form -------------------------------------------------------------------------------------------
 
@@ -50,7 +50,7 @@ def location(error: BaseException) -> str:
 
 
 class Formatter(logging.Formatter):
-    """Give the lines of gunicorn and of hello the form of those of requests."""
+    """Format the records of gunicorn and hello like the lines of requests."""
 
     def format(self, record: logging.LogRecord) -> str:
         moment, level, message = timestamp(int(record.created * 1000)), record.levelname.lower(), record.getMessage()
@@ -77,9 +77,9 @@ def request_line(entry: RequestEntry) -> str:
 
 
 def request_template(method: str, route: str, status: str) -> str:
-    """Return the template of the lines of a kind of requests; a server error is a warning.
+    """Return the template of the log lines of requests with this method, route and status.
 
-    Each word must be of a closed set, or of an alphabet that needs no escaping in JSON.
+    The arguments must not need escaping in JSON.
     """
     level = request_level(status)
     if IS_TEXT:
@@ -95,7 +95,7 @@ def request_level(status: str) -> str:
 
 
 def logs_requests(status: str) -> bool:
-    """Return whether LOG_LEVEL lets the lines of requests with a status through."""
+    """Return whether requests with this status are logged at LOG_LEVEL."""
     return LOG.isEnabledFor(logging.getLevelName(request_level(status).upper()))
 
 
@@ -103,9 +103,9 @@ def logs_requests(status: str) -> bool:
 
 
 class LineWriter:
-    """Write lines to a file descriptor in a thread of its own; drop and count what is too much to wait.
+    """Write lines to a file descriptor in a thread; drop and count lines if too many wait.
 
-    A process that is forked has a thread and lines of its own.
+    A forked process starts with no waiting lines and a new thread.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -120,7 +120,7 @@ class LineWriter:
         self.finished: Any = None  # a lock, held by the thread while it runs
 
     def add(self, line: str | RequestEntry) -> None:
-        """Write a line soon; drop it where too many wait."""
+        """Queue a line; drop it if MAX_WAITING_LINES wait."""
         if self.waiting.qsize() >= MAX_WAITING_LINES:
             self.dropped += 1
             return
@@ -141,7 +141,7 @@ class LineWriter:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def run(self, waiting: "SimpleQueue[str | RequestEntry | None]", finished: Any) -> None:
-        """Write lines until there is a None among them."""
+        """Write lines until None is queued."""
         is_last = False
         while not is_last:
             entries = [waiting.get()]
@@ -150,12 +150,12 @@ class LineWriter:
             is_last = None in entries
             lines = [entry if isinstance(entry, str) else request_line(entry) for entry in entries if entry]
             for piece in pieces(lines):
-                with contextlib.suppress(OSError):  # nobody reads any more
+                with contextlib.suppress(OSError):  # the reader is gone
                     os.write(self.descriptor, piece)
         finished.release()
 
     def close(self) -> None:
-        """Write what waits; give up after STOP_SECONDS where nobody reads it."""
+        """Write the waiting lines; give up after STOP_SECONDS."""
         finished, self.finished = self.finished, None
         if finished:
             self.waiting.put(None)
@@ -163,7 +163,7 @@ class LineWriter:
 
 
 def pieces(lines: list[str]) -> Iterator[bytes]:
-    """Join lines to pieces of at most PIPE_BUF bytes: no other process can write into the middle of one."""
+    """Join lines to pieces of at most PIPE_BUF bytes, which are written atomically to a pipe."""
     piece: list[str] = []
     size = 0
     for line in lines:
@@ -181,13 +181,13 @@ WRITER = LineWriter(STDOUT)
 
 
 class Handler(logging.Handler):
-    """Hand the lines of gunicorn and of hello to the writer."""
+    """Queue the records of gunicorn and hello."""
 
     def emit(self, record: logging.LogRecord) -> None:
         WRITER.add(self.format(record))
 
 
-# Of logging.config.dictConfig, for gunicorn's `logconfig_dict`.
+# gunicorn's `logconfig_dict`.
 LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
@@ -201,6 +201,6 @@ LOGGING = {
 def log_uncaught(
     context: object, kind: type[BaseException] | None, error: BaseException | str | None, trace: TracebackType | None
 ) -> None:
-    """Log an exception that nothing caught, in the place of gevent's `Hub.print_exception`, which prints its text."""
+    """Log an uncaught exception without its text; replaces gevent's `Hub.print_exception`."""
     if kind and isinstance(error, BaseException):
         LOG.error("uncaught exception", exc_info=(kind, error.with_traceback(trace), trace))

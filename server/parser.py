@@ -22,9 +22,9 @@ from httptools import HttpParserCallbackError, HttpParserError, HttpRequestParse
 MAX_TARGET_BYTES = 8190  # a username of 2,500 bytes, percent-encoded, has 7,500
 MAX_HEADERS, MAX_HEADER_BYTES = 64, 4096
 MAX_HEAD_BYTES = 32768
-MAX_CONTENT_BYTES = 65536  # more than the application takes, so that its connection can go on after a 413
-MAX_EXPECTED_BYTES = 4096  # what the application takes; a client that asks first (Expect) need not send more
-MAX_REQUEST_BYTES = 163840  # with the framing of chunks, and trailers
+MAX_EXPECTED_BYTES = 4096  # hello.MAX_CONTENT_BYTES: a request with `Expect: 100-continue` gets its 413 at once
+MAX_READ_BYTES = 65536  # content up to this size is read whole, which keeps the connection open after a 413
+MAX_REQUEST_BYTES = 163840  # head, content, chunk framing and trailers
 
 METHODS = {method.encode(): method.value for method in HTTPMethod if method is not HTTPMethod.CONNECT}
 METHODS[b"QUERY"] = "QUERY"  # which later Pythons have
@@ -37,7 +37,7 @@ UPGRADE_OR_TRAILING_SPACE = re.compile(rb"\r\nUpgrade:[^\r]*|[ \t]+(?=\r\n)", re
 
 
 class ProtocolError(Exception):
-    """Bytes that are not a request, with the status and the message of the response to them."""
+    """The client broke the protocol; the status and the message are those of the response."""
 
     def __init__(self, status: HTTPStatus, message: str) -> None:
         super().__init__(message)
@@ -49,8 +49,8 @@ class StopReading(Exception):
     """Raised in a callback after the last request of a connection."""
 
 
-class ReadAgain(Exception):
-    """Raised in a callback for a head that llhttp does not read as HTTP demands."""
+class ReparseHead(Exception):
+    """Raised in a callback for a head that must be parsed again without what llhttp misreads."""
 
 
 def bad_request(message: str) -> ProtocolError:
@@ -80,9 +80,11 @@ def long_head() -> ProtocolError:
 
 @lru_cache(maxsize=256)
 def environ_key(name: bytes) -> str:
-    """Return the environ's key of a header; none if its name has an underscore, which could stand for a hyphen."""
+    """Return the environ key of a header; empty if the name has an underscore, which would pass for a hyphen."""
     key = name.decode("latin-1").upper().replace("-", "_")
-    return "" if b"_" in name else key if key in {"CONTENT_TYPE", "CONTENT_LENGTH"} else f"HTTP_{key}"
+    if b"_" in name:
+        return ""
+    return key if key in {"CONTENT_TYPE", "CONTENT_LENGTH"} else f"HTTP_{key}"
 
 
 @lru_cache(maxsize=256)
@@ -127,26 +129,26 @@ class RequestParser:
     def __init__(self, common: WSGIEnvironment) -> None:
         self.common = common
         self.parser = HttpRequestParser(self)
-        self.complete: deque[tuple[WSGIEnvironment, bool]] = deque()  # requests, and whether each is the last
-        self.error: ProtocolError | None = None  # of what follows the complete requests
-        self.is_closed = False  # nothing is read after an error or the last request
+        self.complete: deque[tuple[WSGIEnvironment, bool]] = deque()  # (environ, is_last)
+        self.error: ProtocolError | None = None  # in the bytes after the complete requests
+        self.is_closed = False  # after an error or the last request; further bytes are ignored
         self.expect_request()
 
     def expect_request(self) -> None:
-        """Get ready for the next request."""
+        """Reset the state of the request in progress."""
         self.in_progress = False
-        self.waiting_since: float | None = None  # the worker's: when it began to wait for the rest of head or content
+        self.waiting_since: float | None = None  # set by the worker: start of its wait for the head or the content
         self.received = 0  # bytes
-        self.tail = b""  # the last three of them
+        self.tail = b""  # the last three bytes
         self.head = b""
         self.headers: list[tuple[bytes, bytes]] = []
-        self.environ: WSGIEnvironment | None = None  # from the end of the head on
+        self.environ: WSGIEnvironment | None = None  # None until the head is complete
         self.content = bytearray()
-        self.content_left = 0  # bytes, where Content-Length says so
+        self.content_left = 0  # bytes, if there is a Content-Length
         self.awaits_continue = False
 
     def feed(self, data: bytes) -> None:
-        """Read bytes; put the requests that they complete into `complete`, and the error of the next into `error`."""
+        """Parse bytes; append complete requests to `complete`, and set `error` at the first error."""
         while data and not self.is_closed:
             part = data[: self.part_end(data)]
             data = data[len(part) :]
@@ -182,11 +184,11 @@ class RequestParser:
                 self.fail(long_head())
 
     def handle_callback_error(self, error: HttpParserCallbackError) -> None:
-        """Act on what a callback raised."""
+        """Handle an exception that a callback raised."""
         cause = error.__context__
         if isinstance(cause, ProtocolError):
             self.fail(cause.with_traceback(None))  # the traceback would keep the request in memory
-        elif isinstance(cause, ReadAgain):
+        elif isinstance(cause, ReparseHead):
             head = UPGRADE_OR_TRAILING_SPACE.sub(b"", self.head)
             self.parser = HttpRequestParser(self)
             self.expect_request()
@@ -199,7 +201,7 @@ class RequestParser:
         self.is_closed = True
 
     def diagnose(self) -> ProtocolError:
-        """Return the error of a request that llhttp does not read."""
+        """Return the error of a request that llhttp rejected."""
         if self.environ is not None:
             return bad_content()
         try:
@@ -271,7 +273,7 @@ class RequestParser:
                 raise bad_request("Transfer-Encoding needs HTTP/1.1.")
             check_codings(environ["HTTP_TRANSFER_ENCODING"])
         if UPGRADE_OR_TRAILING_SPACE.search(self.head):
-            raise ReadAgain
+            raise ReparseHead
 
     def check_expectation(self, text: str) -> None:
         """Check Expect (RFC 9110, section 10.1.1), and refuse content that the application would refuse later."""
@@ -287,7 +289,7 @@ class RequestParser:
         self.content += part
         if self.content_left:
             self.content_left -= len(part)
-        if len(self.content) > MAX_CONTENT_BYTES:
+        if len(self.content) > MAX_READ_BYTES:
             self.finish(is_last=True)
             raise StopReading
 
@@ -295,7 +297,7 @@ class RequestParser:
         self.finish(is_last=not self.parser.should_keep_alive())
 
     def finish(self, *, is_last: bool) -> None:
-        """Put the request to the complete ones."""
+        """Append the request to `complete`."""
         assert self.environ is not None
         self.environ["wsgi.input"] = io.BytesIO(self.content)
         self.complete.append((self.environ, is_last))

@@ -27,7 +27,7 @@ SETTINGS: dict[str, Setting] = {}
 
 
 def number(name: str, default: Value, unit: str, minimum: float, meaning: str, maximum: float = 1_000_000) -> Value:
-    """Declare and read a number of the default's type; exit with one line where the value is none or out of bounds."""
+    """Declare and read a number of the default's type; exit with one line if the value is wrong."""
     SETTINGS[name] = Setting(name, default, unit, minimum, meaning, maximum)
     text = os.environ.get(name) or str(default)
     kind = "an integer" if isinstance(default, int) else "a number"
@@ -41,7 +41,7 @@ def number(name: str, default: Value, unit: str, minimum: float, meaning: str, m
 
 
 def word(name: str, choices: tuple[str, ...], default: str, meaning: str) -> str:
-    """Declare and read one of some words; exit with one line where the value is none of them."""
+    """Declare and read one of some words; exit with one line if the value is another."""
     SETTINGS[name] = Setting(name, default, "word", None, meaning, choices=choices)
     if (text := os.environ.get(name) or default) not in choices:
         reject(name, text, f"one of {', '.join(choices)}")
@@ -49,7 +49,7 @@ def word(name: str, choices: tuple[str, ...], default: str, meaning: str) -> str
 
 
 def host(name: str, default: str, meaning: str) -> str:
-    """Declare and read an address to listen on; exit with one line where this machine has none of that name."""
+    """Declare and read an address to listen on; exit with one line if this machine cannot listen on it."""
     SETTINGS[name] = Setting(name, default, "address", None, meaning)
     text = os.environ.get(name) or default
     try:
@@ -62,7 +62,7 @@ def host(name: str, default: str, meaning: str) -> str:
 
 
 def reject(name: str, text: str, right: str) -> NoReturn:
-    """Exit with one line that says what would be right."""
+    """Exit with one line that names the setting and says which values are valid."""
     sys.exit(f"{name}={text!r} must be {right}; the default is {SETTINGS[name].default}")
 
 
@@ -97,10 +97,5 @@ LOG_FORMAT = word(
 )
 TELEMETRY = word("TELEMETRY", ("on", "off"), "on", "off: no metrics, no log lines of requests, no request ids")
 
-
-def addresses() -> dict[str, tuple[str, int]]:
-    """Return host and port of each address that the service listens on, by the setting of the port."""
-    listened = {"PORT": (HOST, PORT)}
-    if METRICS_PORT and TELEMETRY == "on":
-        listened["METRICS_PORT"] = (METRICS_HOST, METRICS_PORT)
-    return listened
+if METRICS_PORT == PORT and TELEMETRY == "on":
+    sys.exit(f"PORT and METRICS_PORT are both {PORT}: choose another for one of them")

@@ -27,9 +27,9 @@ from server import settings
 from server.logs import LOG, WRITER, logs_requests, request_template
 
 METRICS_PORT = str(settings.METRICS_PORT)  # as SERVER_PORT has it
-METHODS = {method.value for method in HTTPMethod}  # any other is "other"
-UNMATCHED = "unmatched"  # the route of a path that has none
-PROBES = {"/livez", "/readyz"}  # counted, not logged: asked every few seconds for ever
+METHODS = {method.value for method in HTTPMethod}
+UNMATCHED = "unmatched"  # the route of an unknown path
+PROBES = {"/livez", "/readyz"}  # counted, not logged: probes repeat every few seconds
 # 0.25 s is the bound of the alert on latency; with a database that fails, a request takes 4.5 s at most.
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 ROWS = (1, 2, 5, 10, 20, 50, 100, 200)  # BATCH_SIZE is 100
@@ -44,12 +44,17 @@ TRACEPARENT = re.compile(
 )
 
 
+def method_label(method: str) -> str:
+    """Return a method that HTTP defines, or "other": a client cannot create series."""
+    return method if method in METHODS else "other"
+
+
 def new_request_id() -> str:
     return f"{getrandbits(128):032x}"
 
 
 def request_id_of(environ: WSGIEnvironment) -> str:
-    """Return the client's X-Request-Id where it is valid, else a new one."""
+    """Return the client's X-Request-Id if it is valid, else a new one."""
     sent = environ.get("HTTP_X_REQUEST_ID")
     return sent if sent and REQUEST_ID.fullmatch(sent) else new_request_id()
 
@@ -73,7 +78,7 @@ def counter(name: str, text: str, *labels: str) -> Counter:
 
 
 def gauge(name: str, text: str, *labels: str, mode: Any = "livesum") -> Gauge:
-    """Return a gauge that is added up over the workers that live."""
+    """Return a gauge; the default mode is the sum over the running workers."""
     return Gauge(name, text, labels, registry=None, multiprocess_mode=mode)
 
 
@@ -83,36 +88,33 @@ class Metrics:
     def __init__(self, version: str) -> None:
         labels = ("method", "route", "status")
         self.durations = histogram(
-            "http_request_duration_seconds", "Time from a request's whole arrival to its response.", *labels
+            "http_request_duration_seconds", "Time from the arrival of a whole request to its response.", *labels
         )
         self.in_progress = gauge("http_requests_in_progress", "Requests not yet answered.")
-        self.refused = counter(
-            "http_requests_refused_total", "What was no request: malformed, too long or too slow.", "status"
-        )
+        self.refused = counter("http_requests_refused_total", "Malformed requests refused.", "status")
         self.queries = histogram(
-            "database_query_duration_seconds", "Time of a statement, with connecting.", "operation"
+            "database_query_duration_seconds", "Time of a statement, including connecting.", "operation"
         )
-        self.batches = histogram("database_batch_size", "Requests a statement served.", "operation", buckets=ROWS)
+        self.batches = histogram("database_batch_size", "Requests served by one statement.", "operation", buckets=ROWS)
         self.errors = counter("database_errors_total", "Statements that failed.", "class")
-        self.pool_size = gauge("database_pool_size", "Connections there may be.", "operation")
+        self.pool_size = gauge("database_pool_size", "Maximum connections.", "operation")
         self.pool_in_use = gauge("database_pool_in_use", "Connections that run a statement.", "operation")
         self.pool_waiting = gauge("database_pool_waiting", "Requests that wait for a connection.", "operation")
         self.dropped = counter("log_lines_dropped_total", "Log lines dropped because nobody read the earlier ones.")
         self.cpu = counter("process_cpu_seconds_total", "User and system CPU time of the workers.")
         counter("hello_worker_starts_total", "Workers started.").inc()
-        gauge("hello_workers", "Workers that live.").set(1)
-        text = "Always 1; the labels tell what runs."
-        build = gauge("hello_build_info", text, "version", "python", mode="livemax")
+        gauge("hello_workers", "Running workers.").set(1)
+        build = gauge("hello_build_info", "Build information; always 1.", "version", "python", mode="livemax")
         build.labels(version, platform.python_version()).set(1)
 
     def start_at_zero(self, user_route: str) -> None:
-        """Make the series that alerts count from: rate() cannot see a step from nothing to the first error."""
+        """Create the series of the alerts at 0: rate() ignores a series' first value."""
         series = [("GET", user_route, status) for status in ("200", "400", "404", "503")]
         series += [("PUT", user_route, status) for status in ("204", "400", "503")]
         series += [("GET", "/readyz", status) for status in ("200", "503")]
         for labels in series:
             self.durations.labels(*labels)
-        for status in ("400", "408", "414", "417", "431", "501", "505"):
+        for status in ("400", "408", "413", "414", "417", "431", "501", "505"):
             self.refused.labels(status)
         for name in ("OperationalError", "QueryCanceled", "TimeoutError"):
             self.errors.labels(name)
@@ -122,7 +124,7 @@ class Metrics:
 
 
 def reason(error: Exception) -> str:
-    """Say what failed without quoting a row: libpq's text of a connection that failed, else class and SQLSTATE."""
+    """Describe an error without quoting a row: libpq's text if the connection failed, else class and SQLSTATE."""
     text = str(error).strip().partition("\n")[0]
     code = getattr(error, "pgcode", None)
     if code:
@@ -131,24 +133,31 @@ def reason(error: Exception) -> str:
 
 
 class Outage:
-    """Log once that the database fails, and once that it answers again: how long that took, how many got a 503."""
+    """Log two warnings for each outage of the database: at its begin, and at its end with its duration.
+
+    The methods take the time in monotonic seconds.
+    """
 
     def __init__(self) -> None:
         self.began: float | None = None
-        self.failed = 0.0  # when a statement last failed, in monotonic seconds
-        self.unavailable = 0  # responses with 503 since then
+        self.failed = 0.0  # time of the last failure
+        self.recovered: float | None = None  # time of the first success after it
+        self.unavailable = 0  # responses with 503 since the outage began
 
-    def failure(self, operation: str, error: Exception) -> None:
-        self.failed = time.monotonic()
+    def failure(self, operation: str, error: Exception, now: float) -> None:
+        self.failed, self.recovered = now, None
         if self.began is None:
-            self.began, self.unavailable = self.failed, 0
+            self.began, self.unavailable = now, 0
             LOG.warning("database: %s failed: %s", operation, reason(error))
 
-    def success(self) -> None:
-        """End the outage where no statement failed for a second: the failures may be those of one row."""
-        now = time.monotonic()
-        if self.began is not None and now - self.failed >= 1:
-            LOG.warning("database: back after %.1f s, %d requests got 503", self.failed - self.began, self.unavailable)
+    def success(self, now: float) -> None:
+        """End the outage if no statement failed for a second: until then, others may still fail."""
+        if self.began is None:
+            return
+        self.recovered = self.recovered or now
+        if now - self.failed >= 1:
+            seconds = self.recovered - self.began
+            LOG.warning("database: back after %.1f s, %d requests got 503", seconds, self.unavailable)
             self.began = None
 
 
@@ -159,20 +168,20 @@ class Kind(NamedTuple):
     """What requests with the same method, route and status have in common."""
 
     observe: Callable[[float], None]  # takes a duration in seconds
-    template: str | None  # of the log line; None where they are not logged
+    template: str | None  # of the log line; None if they are not logged
 
 
 class Telemetry:
-    """The application with metrics, request ids and log lines around it.
+    """Wrap the application: add request ids, metrics and log lines.
 
     Args:
-        application: hello's.
-        service: the module hello, whose two batchers tell of the database.
-        number: the worker's, from 1 up; a worker takes over the number, and so the counts, of one that ended.
+        application: the WSGI application.
+        service: the module hello, whose two batchers are observed.
+        number: the worker's number, from 1 up; its counters go on from those of the last worker with that number.
     """
 
     def __init__(self, application: WSGIApplication, service: ModuleType, number: int) -> None:
-        # By process id, the library would keep files of each worker that ever ran: client_python's issue 509.
+        # The default, the process id, leaves files of each worker that ever ran: client_python's issue 509.
         values.ValueClass = values.MultiProcessValue(lambda: number)  # type: ignore[no-untyped-call]
         self.application = application
         self.kinds: dict[tuple[str, str, str], Kind] = {}
@@ -190,7 +199,7 @@ class Telemetry:
         threading.Thread(target=self.sample, daemon=True).start()
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        """Answer a request (PEP 3333): as the application does, with X-Request-Id, counted and logged."""
+        """Call the application (PEP 3333); add X-Request-Id, count and log the request."""
         if environ["SERVER_PORT"] == METRICS_PORT:
             return serve_metrics(environ, start_response)
         start = perf_counter()
@@ -220,35 +229,34 @@ class Telemetry:
         return content
 
     def add_kind(self, method: str, route: str, status: str) -> Kind:
-        """Return the kind of a request, and keep it: to find its histogram by its labels is slow."""
-        word = method if method in METHODS else "other"
+        """Create and cache the kind of a request: prometheus_client finds a series by its labels slowly."""
+        word = method_label(method)
         template = request_template(word, route, status) if route not in PROBES and logs_requests(status) else None
         kind = Kind(self.metrics.durations.labels(word, route, status).observe, template)
         return self.kinds.setdefault((method, route, status), kind)
 
     def protocol_error(self, method: str, status: int, size: int) -> str:
-        """Count and log the response to what was no request; return its X-Request-Id."""
+        """Count and log the response to a malformed request; return its X-Request-Id."""
         self.metrics.refused.labels(str(status)).inc()
         request_id = new_request_id()
         if logs_requests(str(status)):
-            word = method if method in METHODS else "other"
-            template = request_template(word, UNMATCHED, str(status))
+            template = request_template(method_label(method), UNMATCHED, str(status))
             WRITER.add((template, time.time(), 0.0, size, request_id, ""))
         return request_id
 
     def statement(self, operation: str, rows: int, seconds: float, error: Exception | None) -> None:
-        """Count a statement; log where the database stops to answer, and where it answers again."""
+        """Count a statement; log the begin and the end of an outage."""
         observe_seconds, observe_rows = self.statements[operation]
         observe_seconds(seconds)
         observe_rows(rows)
         if error is not None:
             self.metrics.errors.labels(type(error).__name__).inc()
-            self.outage.failure(operation, error)
+            self.outage.failure(operation, error, time.monotonic())
         elif self.outage.began is not None:
-            self.outage.success()
+            self.outage.success(time.monotonic())
 
     def sample(self) -> None:
-        """Set now and then what changes with every request."""
+        """Update the metrics that are sampled, every SAMPLE_SECONDS."""
         spent, dropped = 0.0, 0
         while True:
             self.metrics.in_progress.set(self.running)

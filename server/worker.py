@@ -13,7 +13,7 @@ and hooks about requests (limit_request_*, keepalive, max_requests, access log, 
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from email.utils import formatdate
 from enum import Enum, auto
@@ -21,7 +21,7 @@ from functools import lru_cache
 from http import HTTPStatus
 from time import monotonic, time
 from typing import Any, NoReturn, Protocol
-from wsgiref.types import WSGIEnvironment
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 import gevent
 from gunicorn.arbiter import Arbiter
@@ -32,18 +32,19 @@ from server.listener import Listener
 from server.parser import ProtocolError, RequestParser, bad_content
 
 RECEIVE_BYTES = 8192
-DRAIN_SECONDS = 1  # for which a connection that is being closed is read, and a stopping worker keeps an idle one
-SWEEP_SECONDS = 0.1  # how late a time limit is noticed
-YIELD_SECONDS = 1e-6  # 0 would not let gevent look for what other clients have sent
+DRAIN_SECONDS = 1  # a connection that is being closed is read for this long
+STOPPING_IDLE_SECONDS = 1  # a stopping worker keeps idle connections for this long
+SWEEP_SECONDS = 0.1  # between two checks of the deadlines
+YIELD_SECONDS = 1e-6  # with 0, gevent would not poll the other sockets
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGQUIT, signal.SIGINT}
 
-SERVER_METHODS = "GET, HEAD, OPTIONS, PUT"  # of all that hello serves
+SERVER_METHODS = "GET, HEAD, OPTIONS, PUT"  # the Allow of `OPTIONS *`
 
 Headers = list[tuple[str, str]]
 
 
 class Telemetry(Protocol):
-    """What counts and logs protocol errors; requests are the business of a wrapper around the application."""
+    """Counts and logs protocol errors; requests are counted by a wrapper around the application."""
 
     def protocol_error(self, method: str, status: int, size: int) -> str:
         """Count and log a protocol error with the size of its response in bytes; return its X-Request-Id."""
@@ -69,8 +70,20 @@ def response_start(status: str, second: int, is_last: bool) -> str:
 
 
 def write(data: bytes) -> NoReturn:
-    """Refuse to be PEP 3333's `write`, which only old applications call."""
+    """Raise: PEP 3333's `write` is not supported."""
     raise NotImplementedError("return the content instead")
+
+
+def with_server_options(application: WSGIApplication) -> WSGIApplication:
+    """Answer `OPTIONS *`, which asks about the server (RFC 9110, section 9.3.7); pass on other requests."""
+
+    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if environ["PATH_INFO"] != "*":
+            return application(environ, start_response)
+        start_response("204 No Content", [("Cache-Control", "no-store"), ("Allow", SERVER_METHODS)])
+        return []
+
+    return answer
 
 
 class Connection:
@@ -81,8 +94,8 @@ class Connection:
         self.socket = client
         self.parser = RequestParser(worker.common_environ(client.getsockname()))
         self.phase = IDLE
-        self.deadline = monotonic() + settings.KEEPALIVE_TIMEOUT  # of the phase, if it is not APPLICATION
-        self.is_late = False
+        self.deadline = monotonic() + settings.KEEPALIVE_TIMEOUT  # of the phase; APPLICATION has none
+        self.is_late = False  # a deadline has passed
 
     def serve(self) -> None:
         """Serve requests until either side closes."""
@@ -108,7 +121,7 @@ class Connection:
                 environ, is_last = parser.complete.popleft()
                 if not self.answer(environ, is_last=is_last):
                     return
-            if is_busy:  # receiving and sending may never have to wait, and then no other connection would be served
+            if is_busy:  # receive and send may never block, and other connections would starve
                 gevent.sleep(YIELD_SECONDS)
             if parser.awaits_continue and not parser.is_closed:
                 parser.awaits_continue = False
@@ -117,14 +130,8 @@ class Connection:
             self.refuse(error)
 
     def receive(self) -> bytes:
-        """Return what the client sends next; nothing at the end, or if it comes too late."""
-        parser, now = self.parser, monotonic()
-        if not parser.in_progress:
-            self.phase, limit = IDLE, settings.KEEPALIVE_TIMEOUT if self.worker.alive else DRAIN_SECONDS
-        else:
-            limit = settings.CONTENT_TIMEOUT if parser.environ else settings.HEAD_TIMEOUT
-            self.phase, parser.waiting_since = REQUEST, parser.waiting_since or now
-        self.deadline = (parser.waiting_since or now) + limit
+        """Return the next bytes of the client; none at the end of its data, or after the deadline."""
+        self.start_waiting()
         data = b""
         try:
             data = self.socket.recv(RECEIVE_BYTES)
@@ -132,12 +139,22 @@ class Connection:
             if not self.is_late:
                 raise
         self.phase = APPLICATION
-        if not data and self.is_late and parser.head.strip(b"\r\n"):  # a blank line is not a request yet
-            parser.error = ProtocolError(HTTPStatus.REQUEST_TIMEOUT, "The request must arrive sooner.")
+        if not data and self.is_late and self.parser.head.strip(b"\r\n"):  # a blank line is not a request yet
+            self.parser.error = ProtocolError(HTTPStatus.REQUEST_TIMEOUT, "The request must arrive sooner.")
         return data
 
+    def start_waiting(self) -> None:
+        """Set the phase and the deadline of the next receive."""
+        parser, now = self.parser, monotonic()
+        if not parser.in_progress:
+            self.phase, limit = IDLE, settings.KEEPALIVE_TIMEOUT if self.worker.alive else STOPPING_IDLE_SECONDS
+        else:
+            limit = settings.CONTENT_TIMEOUT if parser.environ else settings.HEAD_TIMEOUT
+            self.phase, parser.waiting_since = REQUEST, parser.waiting_since or now
+        self.deadline = (parser.waiting_since or now) + limit
+
     def expire(self) -> None:
-        """End the wait for the client, which is over its deadline."""
+        """Wake the greenlet that waits for the client after the deadline."""
         self.is_late = True
         with suppress(OSError):  # the client went away
             self.socket.shutdown(socket.SHUT_RDWR if self.phase is SEND else socket.SHUT_RD)
@@ -149,12 +166,8 @@ class Connection:
 
     def answer(self, environ: WSGIEnvironment, *, is_last: bool) -> bool:
         """Answer a request; return whether the connection goes on."""
-        if environ["PATH_INFO"] == "*":  # OPTIONS * asks about the server (RFC 9110, section 9.3.7)
-            content = b""
-            self.start_response("204 No Content", [("Cache-Control", "no-store"), ("Allow", SERVER_METHODS)])
-        else:
-            content = b"".join(self.worker.wsgi(environ, self.start_response))
-        is_last = is_last or not self.worker.alive  # read last: the worker may have been told to stop meanwhile
+        content = b"".join(self.worker.wsgi(environ, self.start_response))
+        is_last = is_last or not self.worker.alive  # after the call, during which the worker may have been told to stop
         self.respond(self.status, self.headers, content, is_last=is_last)
         return not is_last
 
@@ -186,7 +199,7 @@ class Connection:
             self.socket.sendall(data[sent:])
 
     def close_gently(self) -> None:
-        """Let the client read what was sent: to close with bytes of its own unread would reset the connection."""
+        """Read what the client still sends: closing with unread bytes would reset the connection."""
         if self.is_late and not self.parser.error:  # it was idle
             return
         self.socket.shutdown(socket.SHUT_WR)
@@ -208,7 +221,7 @@ class Worker(ggevent.GeventWorker):
     number: int  # 1 for the first worker; gunicorn's hook `pre_fork` sets it
 
     def init_process(self) -> None:
-        """Start the worker; a signal to stop that comes before it has its handlers waits until it has."""
+        """Start the worker; block the stop signals until their handlers are set."""
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         self.connections: set[Connection] = set()
         super().init_process()
@@ -220,6 +233,7 @@ class Worker(ggevent.GeventWorker):
         """
         try:
             super().load_wsgi()
+            self.wsgi = with_server_options(self.wsgi)
         except SystemExit as error:
             if self.number == 1:
                 print(error, file=sys.stderr)
@@ -252,14 +266,14 @@ class Worker(ggevent.GeventWorker):
             self.connections.remove(connection)
 
     def watch_deadlines(self) -> None:
-        """End the waits that are over their deadlines: cheaper than a timer for each."""
+        """Expire the connections whose deadlines have passed: one loop is cheaper than a timer for each."""
         while True:
             gevent.sleep(SWEEP_SECONDS)
             now = monotonic()
             for connection in list(self.connections):
                 if connection.phase is IDLE and not self.alive:
-                    connection.deadline = min(connection.deadline, now + DRAIN_SECONDS)
-                if connection.deadline < now and connection.phase is not APPLICATION and not connection.is_late:
+                    connection.deadline = min(connection.deadline, now + STOPPING_IDLE_SECONDS)
+                if connection.deadline < now and connection.phase is not APPLICATION:
                     connection.expire()
 
     def common_environ(self, server: tuple[str, int]) -> WSGIEnvironment:

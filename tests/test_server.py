@@ -17,6 +17,7 @@ import gevent
 import gevent.socket
 import pytest
 
+from server import settings
 from server.listener import ignore_new_connections
 from server.worker import Connection, Worker
 from tests.support.network import RESET_ON_CLOSE, exchange, read_all, responses
@@ -117,6 +118,26 @@ def test_client_that_does_not_read_is_closed(service: Service) -> None:
             while time.monotonic() < end:
                 client.sendall(b"GET /openapi.yaml HTTP/1.1\r\nHost: a\r\n\r\n" * 100)
     assert service.ask("GET", "/livez").status == 200
+
+
+def test_client_that_does_not_read_and_stalls_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HEAD_TIMEOUT", "SEND_TIMEOUT"):
+        monkeypatch.setattr(settings, name, 0.1)
+    ours, client = gevent.socket.socketpair()
+    worker = cast(Worker, SimpleNamespace(common_environ=lambda address: {}, telemetry=None, alive=True))
+    connection = Connection(worker, ours)
+    worker.connections = {connection}
+    client.sendall(LIVEZ[:20])
+    with pytest.raises(TimeoutError):  # the send buffer is full
+        ours.settimeout(0.1)
+        ours.sendall(b"x" * 10_000_000)
+    ours.settimeout(None)
+    watching = gevent.spawn(Worker.watch_deadlines, worker)
+    try:
+        with pytest.raises(OSError, match=r"closed in another greenlet|Broken pipe"):
+            gevent.spawn(connection.serve_requests).get(timeout=10)
+    finally:
+        watching.kill()
 
 
 # --- Clients that send without end ---------------------------------------------------------------------

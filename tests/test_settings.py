@@ -99,6 +99,13 @@ def test_a_wrong_value_stops_gunicorn_with_one_line_and_no_traceback(name: str) 
     assert done.stderr.count("\n") == 1
 
 
+def test_two_equal_ports_stop_the_start_with_one_line() -> None:
+    done = check(PORT="9000", METRICS_PORT="9000")
+    assert done.returncode == 1
+    assert done.stderr == "PORT and METRICS_PORT are both 9000: choose another for one of them\n"
+    assert check(PORT="9000", METRICS_PORT="9000", TELEMETRY="off").returncode == 0
+
+
 @pytest.mark.parametrize("name", ["TZ", "QUEUE_TIMEOUT"])
 def test_a_wrong_value_of_the_application_stops_gunicorn_with_one_line(name: str) -> None:
     own = {name: "no..such", "PORT": str(free_port()), "METRICS_PORT": "0", "WEB_CONCURRENCY": "3"}

@@ -117,6 +117,18 @@ def test_protocol_errors_are_counted_by_status(service: MonitoredService) -> Non
     assert zeros_left_out(refused) == {("400",): 2, ("414",): 1}
 
 
+def test_protocol_errors_of_each_status_start_at_zero(shared: MonitoredService) -> None:
+    statuses = {status for (status,) in shared.metrics()["http_requests_refused_total"]}
+    assert statuses == {"400", "408", "413", "414", "417", "431", "501", "505"}
+
+
+def test_options_of_the_whole_server_are_counted_and_logged(service: MonitoredService) -> None:
+    data = exchange(service.port, b"OPTIONS * HTTP/1.1\r\nHost: a\r\nX-Request-Id: order-66\r\n\r\n")
+    assert b"X-Request-Id: order-66\r\n" in data
+    assert service.requests()["OPTIONS", "unmatched", "204"] == 1
+    wait_until(lambda: any(line.get("request_id") == "order-66" for line in service.lines("request")))
+
+
 # --- Workers ----------------------------------------------------------------------------------------
 
 
@@ -224,10 +236,18 @@ def test_an_outage_is_counted_by_class_and_logged_as_two_warnings(tmp_path: Path
 
 def test_a_success_soon_after_a_failure_does_not_end_an_outage(caplog: pytest.LogCaptureFixture) -> None:
     outage = Outage()
-    for _ in range(3):
-        outage.failure("save", TimeoutError("no answer within 3 s"))
-        outage.success()
+    for now in (10, 10.5, 11):
+        outage.failure("save", TimeoutError("no answer within 3 s"), now)
+        outage.success(now + 0.4)
     assert caplog.messages == ["database: save failed: no answer within 3 s"]
+
+
+def test_an_outage_lasts_until_the_first_success_after_it(caplog: pytest.LogCaptureFixture) -> None:
+    outage = Outage()
+    outage.failure("find", TimeoutError("no answer within 3 s"), 10)
+    for now in (14.5, 15.5):
+        outage.success(now)
+    assert caplog.messages[1:] == ["database: back after 4.5 s, 0 requests got 503"]
 
 
 def test_the_reason_of_a_refused_value_quotes_no_row(database: dict[str, str], postgres: Database) -> None:
@@ -257,6 +277,7 @@ def test_the_reason_of_a_defect_is_its_class() -> None:
         ("POST", "/metrics", 405),
         ("GET", "/hello/Zoe", 404),
         ("GET", "/readyz", 404),
+        ("OPTIONS", "*", 404),
     ],
 )
 def test_the_port_of_the_metrics_serves_nothing_else(
@@ -264,6 +285,7 @@ def test_the_port_of_the_metrics_serves_nothing_else(
 ) -> None:
     response = shared.ask_for_metrics(method, path)
     assert response.status == status
+    assert "PUT" not in response.headers.get("Allow", "")
     assert int(response.headers["Content-Length"]) == len(response.content) or method == "HEAD"
 
 
