@@ -3,7 +3,7 @@ FROM python:3.14-slim AS base
 FROM base AS dependencies
 RUN python -m venv --without-pip /venv
 COPY requirements/service.txt .
-# Wheels with known hashes only: no compiler, and no code of a package runs here.
+# Only wheels, with their hashes: an installation from source would run code of the package.
 RUN python -m pip --python /venv/bin/python install --no-cache-dir --require-hashes --only-binary :all: -r service.txt \
     && find /venv -type d '(' -name tests -o -name testing ')' -prune -exec rm -r {} +
 
@@ -13,7 +13,7 @@ ENV PATH=/venv/bin:$PATH \
     HOST=0.0.0.0 \
     METRICS_HOST=0.0.0.0
 WORKDIR /app
-# Readable for every user, whatever the umask of the clone
+# 444: the umask of the clone may leave files that only their owner can read.
 COPY --chmod=444 server/*.py server/
 COPY --chmod=444 hello.py gunicorn.conf.py schema.sql openapi.yaml ./
 # A number: with runAsNonRoot, Kubernetes cannot verify a name.

@@ -1,5 +1,5 @@
 # Settings of make; each can be given on the command line or in the environment: `make run PORT=9000`.
-# The Python of the virtual environment; empty: the first on the PATH that is 3.11 or newer
+# The Python that creates the virtual environment. If it is empty, make takes the first one on the PATH that is 3.11 or newer.
 PYTHON ?=
 # The folder of the virtual environment
 VENV ?= .venv
@@ -9,7 +9,7 @@ DATA ?= .postgres
 ARGS ?=
 # Number of test files that run at the same time
 JOBS ?= 2
-# `yes`: `make clean` also removes the data of `make run` and Compose
+# With `yes`, `make clean` also removes the data of `make run` and Compose.
 WITH_DATA ?= no
 # The image's tag
 VERSION ?= 1.0.0
@@ -51,14 +51,15 @@ format: dev-environment ## Format the code as `make lint` checks it
 lock: dev-environment ## Pin the newest dependencies of pyproject.toml, with hashes, in requirements/
 	@tools/lock.sh
 
-audit: dev-environment ## Look the pinned dependencies up among the known vulnerabilities (needs pypi.org)
+audit: dev-environment ## Check the pinned dependencies for known vulnerabilities (needs pypi.org)
 	@tools/audit.sh
 
 .PHONY: run-environment dev-environment bench-environment docs-environment
 run-environment dev-environment: %-environment:
 	@tools/environment.sh $*
 
-bench-environment docs-environment: %-environment:
+# Inside the environment of `make run`, so that this one must exist first
+bench-environment docs-environment: %-environment: run-environment
 	@VENV=$(VENV)/$* tools/environment.sh $*
 
 .PHONY: engine build build-attested scan compose-up compose-down compose-restart clean
@@ -66,11 +67,11 @@ engine:
 	@docker compose version >/dev/null 2>&1 && docker info >/dev/null 2>&1 || { \
 		echo 'This needs a running Docker engine with Compose 2.24 or newer.' >&2; exit 1; }
 
-build: engine ## Build the image hello:1.0.0
+build: engine ## Build the image hello:VERSION
 	@DOCKER_BUILDKIT=1 docker build --tag hello:$(VERSION) --build-arg VERSION=$(VERSION) \
-		--build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) .
+		--build-arg REVISION=$$(git rev-parse --verify -q HEAD 2>/dev/null || echo unknown) .
 
-build-attested: engine ## Build hello-1.0.0.tar: the image with its provenance and bill of materials, for a registry
+build-attested: engine ## Build hello-VERSION.tar: the image with its provenance and bill of materials, for a registry
 	@tools/build_attested.sh
 
 scan: build ## Fail if the image has a severe vulnerability that has a fix
@@ -82,17 +83,18 @@ compose-up: build ## Serve on PORT (8080) from containers, with a Postgres that 
 compose-down: engine ## Stop and remove the containers; the data stays
 	@docker compose down --remove-orphans
 
-compose-restart: compose-down compose-up ## Both: after a change of code or settings
+compose-restart: compose-down compose-up ## Stop and start the containers, after a change of code or settings
 
 clean: ## Remove what make made, but no data; WITH_DATA=yes removes the data of `make run` and Compose too
 	@tools/clean.sh
 
 .PHONY: wrk bench bench-growth bench-profile diagrams
 wrk:
-	@command -v wrk >/dev/null || { apt-get update && apt-get install -y wrk; } >/dev/null 2>&1 || { \
+	@command -v wrk >/dev/null || { echo 'wrk is missing: trying apt-get install wrk ...'; \
+		{ apt-get update && apt-get install -y wrk; } >/dev/null 2>&1; } || { \
 		echo 'make bench needs wrk: install it (Debian: apt-get install wrk; macOS: brew install wrk).' >&2; exit 1; }
 
-bench: wrk bench-environment ## Measure the service beside its limits and the usual alternatives 
+bench: wrk bench-environment ## Measure the service beside its limits and the usual alternatives
 	@$(VENV)/bench/bin/python -m bench.run $(ARGS)
 
 bench-growth: wrk bench-environment ## Measure the service with 10 thousand, 1 million and 10 million users
@@ -105,7 +107,7 @@ diagrams: docs-environment ## Draw the pictures of docs/ (needs Graphviz)
 	@$(VENV)/docs/bin/python docs/draw.py
 
 .PHONY: k8s-apply k8s-secret k8s-status k8s-delete k8s-monitoring k8s-smoke kind
-k8s-apply: ## Apply k8s/ to the current cluster and namespace, and wait until two pods are ready
+k8s-apply: ## Apply k8s/ to the current cluster and namespace, and wait until the database and two pods of the API are ready
 	@tools/k8s_apply.sh
 
 k8s-secret: ## Create or change the database's password; it replaces the development one

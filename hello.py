@@ -321,7 +321,7 @@ def servers(deadline: float) -> dict[str, str]:
 def connect(until: float) -> Connection:
     """Open a connection with libpq's settings; if a server is silent, try the next one if it can answer by `until`."""
     deadline = monotonic() + CONNECT_TIMEOUT
-    options: dict[str, Any] = {} if os.environ.get("PGHOSTADDR") or os.environ.get("PGSERVICE") else servers(deadline)
+    options: dict[str, Any] = servers(deadline) if os.environ.get("PGHOST") and not os.environ.get("PGHOSTADDR") else {}
     options |= {"fallback_application_name": "hello", "client_encoding": "UTF8"}
     options["tcp_user_timeout"] = round(CONNECT_TIMEOUT * 1000)
     try:
@@ -345,7 +345,7 @@ def usable(connection: Connection | None, until: float, *, writes: bool) -> Conn
     connection = connect(until)
     if writes and connection.waiting_commits:
         connection.leave()
-        sleep(CONNECT_TIMEOUT)  # limits the rate of new connections
+        sleep(max(0, min(CONNECT_TIMEOUT, until - monotonic())))  # limits the rate of new connections
         raise psycopg2.OperationalError("earlier writes still wait for a synchronous standby")
     return connection
 

@@ -17,9 +17,7 @@ METRICS_FOLDER = Path(MEMORY_FOLDER or tempfile.gettempdir()) / f"hello-metrics-
 
 def bind_addresses() -> list[str]:
     """Return the addresses to listen on: of the service, and of /metrics if it is served."""
-    addresses = [(settings.HOST, settings.PORT)]
-    if settings.METRICS_PORT and settings.TELEMETRY == "on":
-        addresses.append((settings.METRICS_HOST, settings.METRICS_PORT))
+    addresses = settings.addresses().values()
     return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in addresses]
 
 

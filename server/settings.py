@@ -99,3 +99,11 @@ TELEMETRY = word("TELEMETRY", ("on", "off"), "on", "off: no metrics, no log line
 
 if METRICS_PORT == PORT and TELEMETRY == "on":
     sys.exit(f"PORT and METRICS_PORT are both {PORT}: choose another for one of them")
+
+
+def addresses() -> dict[str, tuple[str, int]]:
+    """Return host and port of each address that the service listens on, by the setting of the port."""
+    listened = {"PORT": (HOST, PORT)}
+    if METRICS_PORT and TELEMETRY == "on":
+        listened["METRICS_PORT"] = (METRICS_HOST, METRICS_PORT)
+    return listened

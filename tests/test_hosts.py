@@ -4,6 +4,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import psycopg2
@@ -110,3 +111,18 @@ def test_host_that_does_not_answer_is_passed_over_by_the_next_attempt(
                 attempt.result(10)
         with closing(hello.connect(0)) as connection:
             assert connection.info.port == table.port
+
+
+@pytest.mark.usefixtures("slow_names")
+def test_name_in_pghost_beside_a_service_file_does_not_block_the_process(
+    table: Database, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "services").write_text("[hello]\nuser=postgres\n")
+    monkeypatch.setenv("PGSERVICEFILE", str(tmp_path / "services"))
+    monkeypatch.setenv("PGSERVICE", "hello")
+    monkeypatch.delenv("PGUSER")
+    set_hosts(monkeypatch, "one.slow,127.0.0.1", table.port)
+    start = time.monotonic()
+    with closing(hello.connect(0)) as connection:
+        assert (connection.info.host, connection.info.user) == (LOOPBACK, "postgres")
+    assert time.monotonic() - start < hello.CONNECT_TIMEOUT

@@ -20,7 +20,8 @@ import pytest
 from tests.support.network import free_port
 from tests.support.wait import wait_until
 from tools import environment
-from tools.embedded_postgres import as_server_user, binaries
+from tools.embedded_postgres import Postgres, as_server_user, binaries
+from tools.processes import Processes, start_time
 
 ROOT = Path(__file__).parents[1]
 MODULE = "tools.serve"
@@ -243,6 +244,59 @@ def test_database_that_cannot_be_reached_says_so_in_one_line(data: Path) -> None
     assert "Traceback" not in output
 
 
+@pytest.mark.parametrize("message", ["FATAL:  out of luck", "PANIC:  out of luck", "postgres: out of luck"])
+def test_postgres_that_does_not_start_is_reported_with_its_own_error(tmp_path: Path, message: str) -> None:
+    (tmp_path / "server.log").write_text("FATAL:  an earlier start\n")
+    script = f"echo '{message}'; echo 'FATAL:  the database system is starting up'"
+    server = Postgres(tmp_path)
+    server.popen = lambda command, **options: subprocess.Popen(["sh", "-c", script], **options)
+    with pytest.raises(SystemExit, match=f"did not start: {message} "):
+        server.start()
+    server.stop()
+
+
+# --- Cleaning ---------------------------------------------------------------------------------------
+
+
+def clean(checkout: Path, with_data: str) -> subprocess.CompletedProcess[str]:
+    """Run `make clean` in a checkout, without a Docker engine."""
+    program(checkout / "bin" / "docker", "exit 1")
+    return make(checkout, "clean", f"WITH_DATA={with_data}", PATH=f"{checkout / 'bin'}:{os.environ['PATH']}")
+
+
+@pytest.fixture
+def used(checkout: Path) -> tuple[Path, Path]:
+    """The folders .venv and .postgres of a checkout, as `make run` leaves them."""
+    venv, folder = checkout / ".venv", checkout / ".postgres"
+    venv.mkdir()
+    (venv / "pyvenv.cfg").touch()
+    (folder / "data").mkdir(parents=True)
+    return venv, folder
+
+
+@pytest.mark.parametrize("with_data", ["no", "yes"])
+def test_clean_refuses_while_make_run_runs(checkout: Path, used: tuple[Path, Path], with_data: str) -> None:
+    venv, folder = used
+    processes = Processes(folder / "lock", stop_seconds=10)
+    done = clean(checkout, with_data)
+    processes.stop()
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[0].startswith(f"Another `make run` (process {os.getpid()}) uses .postgres: ")
+    assert venv.exists()
+    assert (folder / "data").exists()
+
+
+def test_clean_ends_what_a_killed_make_run_left(checkout: Path, used: tuple[Path, Path]) -> None:
+    venv, folder = used
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as left:
+        (folder / "lock").write_text(f"{left.pid} {start_time(left.pid)} {int(signal.SIGTERM)}\n")
+        done = clean(checkout, "yes")
+        assert left.wait(10) == -signal.SIGTERM
+    assert done.returncode == 0, done.stderr
+    assert not venv.exists()
+    assert not folder.exists()
+
+
 # --- The virtual environment ------------------------------------------------------------------------
 
 
@@ -253,19 +307,24 @@ def checkout() -> Iterator[Path]:
     folder.chmod(0o755)
     for name in ("Makefile", "tools", "requirements"):
         subprocess.run(["cp", "-R", ROOT / name, folder / name], check=True)
-    (folder / "requirements" / "run.txt").write_text("")
+    for name in ("run", "bench"):
+        (folder / "requirements" / f"{name}.txt").write_text("")
     yield folder
     folder.chmod(0o755)
     shutil.rmtree(folder)
 
 
-def make_environment(folder: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    own = ("MAKE", "VENV", "PYTHON")
+def make(folder: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    own = ("MAKE", "VENV", "PYTHON", "DATA", "WITH_DATA")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(own)} | settings
-    command = [shutil.which("make") or "make", "--no-print-directory", "run-environment", *arguments]
+    command = [shutil.which("make") or "make", "--no-print-directory", *arguments]
     if os.geteuid() == 0 and folder.stat().st_mode & 0o222 == 0:  # root could write to it
         command = ["setpriv", "--reuid=nobody", "--clear-groups", *command]
     return subprocess.run(command, cwd=folder, env=clean, check=False, text=True, capture_output=True, timeout=120)
+
+
+def make_environment(folder: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    return make(folder, "run-environment", *arguments, **settings)
 
 
 def program(path: Path, script: str) -> str:
@@ -278,7 +337,7 @@ def program(path: Path, script: str) -> str:
 PRETEND = f"""exec {sys.executable} -c 'import sys; sys.version_info = (3, 9, 18); exec(sys.argv.pop(1))' "$2" """
 
 
-def test_environment_is_made_once_and_anew_after_an_interruption(checkout: Path) -> None:
+def test_environment_is_created_once_and_recreated_after_an_interruption(checkout: Path) -> None:
     install = [sys.executable, "tools/environment.py", ".venv", "run"]
     for moment in (0.1, 0.5, 1.5):
         process = subprocess.Popen(install, cwd=checkout, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -287,7 +346,7 @@ def test_environment_is_made_once_and_anew_after_an_interruption(checkout: Path)
         process.wait(20)
     done = make_environment(checkout)
     assert done.returncode == 0
-    assert "downloads about 35 MB, which become 140 MB ..." in done.stdout.splitlines()[-1]
+    assert "downloads about 35 MB and needs 140 MB of disk ..." in done.stdout.splitlines()[-1]
     subprocess.run([checkout / ".venv" / "bin" / "python", "-m", "pip", "--version"], check=True, capture_output=True)
     assert make_environment(checkout).stdout == ""
 
@@ -322,13 +381,26 @@ def test_environment_of_another_version_than_the_python_asked_for_has_a_reason(t
     assert environment.Environment(tmp_path / ".venv", "run").fault(exactly=False) == ""
 
 
+def test_empty_folder_becomes_a_virtual_environment(checkout: Path) -> None:
+    (checkout / ".venv").mkdir()
+    done = make_environment(checkout)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (checkout / ".venv" / "pyvenv.cfg").exists()
+
+
+def test_environment_can_be_created_after_that_of_the_benchmarks(checkout: Path) -> None:
+    assert make(checkout, "bench-environment").returncode == 0
+    assert (checkout / ".venv" / "bench" / "pyvenv.cfg").exists()
+    assert make_environment(checkout).returncode == 0
+
+
 def test_folder_that_is_no_virtual_environment_is_left_alone(checkout: Path) -> None:
     (checkout / ".venv").mkdir()
     (checkout / ".venv" / "letter.txt").write_text("Dear Zoe")
     assert (
         make_environment(checkout)
         .stderr.splitlines()[0]
-        .endswith(".venv is no virtual environment: name another folder, as in `make run VENV=~/venv`.")
+        .endswith(".venv is not a virtual environment: name another folder, as in `make run VENV=~/venv`.")
     )
     assert (checkout / ".venv" / "letter.txt").exists()
 

@@ -34,8 +34,8 @@ def binaries() -> Path:
 def as_server_user() -> tuple[str, ...]:
     """Return the command that runs another one as a user whom Postgres accepts.
 
-    Postgres refuses to run as root; as root, that user is `nobody`, who may enter folders that only root may enter.
-    (no_setuid_fixup: without it, access(2) would say that they may not be entered.)
+    Postgres refuses to run as root. As root, run as `nobody` with CAP_DAC_OVERRIDE, because the data may be in a folder
+    that only root can enter; access(2) honours the capability only with no_setuid_fixup.
     """
     if os.geteuid() != 0:
         return ()
@@ -72,6 +72,7 @@ class Postgres:
         self.settings = settings
         self.sockets = ""
         self.process: subprocess.Popen[bytes] | None = None
+        self.log_start = 0
         self.popen: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen
 
     @property
@@ -92,12 +93,13 @@ class Postgres:
         command = [*as_server_user(), binaries() / "postgres", "-D", self.folder]
         command += [f"--{name}={value}" for name, value in options.items()]
         with (self.folder / "server.log").open("ab") as log:
+            self.log_start = log.tell()
             # In a session of its own: Ctrl-C must not reach it before the service that needs it.
             self.process = self.popen(command, stdout=log, stderr=log, start_new_session=True)
         self.wait_ready()
 
     def create(self) -> None:
-        """Create the data folder: beside its place, and renamed when it is complete."""
+        """Create the data folder under a temporary name, and rename it when it is complete."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         for interrupted in self.folder.parent.glob(f"{self.folder.name}.new-*"):
             shutil.rmtree(interrupted, ignore_errors=True)
@@ -124,10 +126,16 @@ class Postgres:
         ]
         while subprocess.run(ready, check=False).returncode != 0:
             if self.process is None or self.process.poll() is not None or time.monotonic() > deadline:
-                log = self.folder / "server.log"
-                errors = [line for line in log.read_text(errors="replace").splitlines() if "FATAL" in line] or [""]
-                sys.exit(f"The embedded Postgres did not start: {errors[-1]} (more in {log})")
+                sys.exit(f"The embedded Postgres did not start: {self.error()} (more in {self.folder}/server.log)")
             time.sleep(0.02)
+
+    def error(self) -> str:
+        """Return the last error that the server logged since its start, or its last line."""
+        log = (self.folder / "server.log").read_bytes()[self.log_start :].decode(errors="replace")
+        # pg_isready causes the FATAL that is left out.
+        lines = [line for line in log.splitlines() if "the database system is starting up" not in line]
+        errors = [line for line in lines if "FATAL:" in line or "PANIC:" in line]
+        return (errors or lines or ["it logged nothing"])[-1]
 
     def stop(self) -> None:
         """Stop the server within a bounded time, and remove its socket."""

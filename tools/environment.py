@@ -1,9 +1,10 @@
 """Bring a virtual environment up to date with requirements/NAME.txt: `python environment.py FOLDER NAME [exactly]`.
 
-An environment that cannot be used is made anew: its Python is missing or too old, an installation was interrupted, or,
-with `exactly`, its version is not that of the Python that runs this.
+An environment is recreated if its Python is missing or too old, if an installation was interrupted, or, with `exactly`,
+if its Python has another version than the one that runs this.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -39,12 +41,12 @@ class Environment:
         return stamp.exists() and stamp.read_bytes() == self.requirements.read_bytes()
 
     def fault(self, exactly: bool) -> str:
-        """Return why the environment must be made anew; empty where it can be used."""
+        """Return why the environment must be recreated; empty if it can be used."""
         if self.incomplete.exists():
             return "its installation was not finished"
         if not (self.folder / "pyvenv.cfg").exists():
             if self.folder.exists() and any(self.folder.iterdir()):
-                fail(f"{self.folder} is no virtual environment: name another folder, as in `make run VENV=~/venv`.")
+                fail(f"{self.folder} is not a virtual environment: name another folder, as in `make run VENV=~/venv`.")
             return ""
         code = "import pip, sys; print(*sys.version_info[:2], sep='.')"
         try:
@@ -59,6 +61,7 @@ class Environment:
         return ""
 
     def create(self) -> None:
+        """Create the environment, with nothing installed in it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.incomplete.touch()
         made = subprocess.run(
@@ -69,11 +72,11 @@ class Environment:
             fail("This Python has no venv module: install it (on Debian: apt-get install python3-venv).")
 
     def install(self, lock: int) -> None:
-        """Install what is pinned; the lock stays held while pip runs, also where this process is killed."""
+        """Install the requirements; pip inherits the lock and holds it even if this process is killed."""
         download, disk = SIZES[self.name]
         print(
             f"Installing requirements/{self.name}.txt into {self.folder}: "
-            f"a first time downloads about {download} MB, which become {disk} MB ...",
+            f"the first time downloads about {download} MB and needs {disk} MB of disk ...",
             flush=True,
         )
         self.incomplete.touch()
@@ -114,7 +117,19 @@ def acquire_lock(folder: Path) -> int:
     return lock
 
 
+@contextlib.contextmanager
+def one_line_if_not_writable() -> Iterator[None]:
+    """Exit with one line at an OSError that says that a file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        fail(f"{error.filename} cannot be written: name other folders, as in `make run VENV=~/venv DATA=~/data`.")
+
+
 def stop(number: int, frame: FrameType | None) -> None:
+    """Exit at a signal, with the status that a shell gives it."""
     raise SystemExit(128 + number)
 
 
@@ -127,18 +142,14 @@ def main(folder: Path, name: str, exactly: bool) -> None:
     lock = acquire_lock(folder.parent)
     fault = environment.fault(exactly)
     if fault:
-        print(f"Making {folder} anew: {fault}.", flush=True)
+        print(f"Recreating {folder}: {fault}.", flush=True)
         shutil.rmtree(folder)
-    if not folder.exists():
+    if not (folder / "pyvenv.cfg").exists():
         environment.create()
     if not environment.is_current():
         environment.install(lock)
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_if_not_writable():
         main(Path(sys.argv[1]).absolute(), sys.argv[2], "exactly" in sys.argv[3:])
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        fail(f"{error.filename} cannot be written: name other folders, as in `make run VENV=~/venv DATA=~/data`.")

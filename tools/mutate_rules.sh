@@ -1,5 +1,5 @@
 #!/bin/sh
-# Let mutmut change the rules and the parser in hundreds of small ways, and count what the tests notice (ten minutes).
+# Count which of mutmut's hundreds of small changes to hello.py and the parser the tests notice: about ten minutes.
 set -e
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
 PATCHES = ROOT / "tests/mutations"
-SECONDS = 600  # a test run may take
+SECONDS = 600  # the most that a test run may take
 
 
 class Mutation(NamedTuple):
@@ -36,6 +36,8 @@ def read_mutations(words: list[str]) -> list[Mutation]:
             sys.exit(f"{patch} must begin with a line `Test: ` and the id of a test")
         if not words or any(word in patch.stem for word in words):
             found.append(Mutation(patch, test))
+    if not found:
+        sys.exit(f"No patch in {PATCHES} has one of these words in its name: {' '.join(words)}")
     return found
 
 
@@ -81,7 +83,7 @@ def check(tree: Path, mutation: Mutation) -> bool:
 
 
 def main(words: list[str]) -> int:
-    """Check that all fit and that their tests pass, then each mutation; return 1 if one was not noticed."""
+    """Check that the patches apply and that their tests pass, then each mutation; return 1 if one is unnoticed."""
     mutations = read_mutations(words)
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "hello"

@@ -1,4 +1,4 @@
-"""The processes that `make run` starts, in a list that survives it: the next one ends what a killed one left."""
+"""A file that lists the processes of `make run`: the next `make run` ends those that a killed one left."""
 
 import contextlib
 import fcntl
@@ -49,7 +49,7 @@ class Processes:
         self.record(os.getpid(), signal.SIGTERM)
 
     def lock(self) -> None:
-        """Lock the list; wait for another `make run` that is stopping, and exit where it is not."""
+        """Lock the list; wait for another `make run` if it is stopping, and exit if it is not."""
         waits = False
         while True:
             with contextlib.suppress(BlockingIOError):
@@ -88,7 +88,7 @@ class Processes:
         )
 
     def stop(self) -> None:
-        """Stop and remove what is in the list, the last first, within a bounded time."""
+        """Stop the listed processes and remove the listed folders, the last first, within a bounded time."""
         lines = self.lines()
         os.write(self.file.fileno(), f"{STOPPING}\n".encode())
         for line in reversed(lines):
@@ -101,13 +101,14 @@ class Processes:
         self.file.truncate(0)
 
     def stop_process(self, process: int, start: str, stop_signal: int) -> None:
+        """Stop a process with its signal, then with SIGQUIT, then with SIGKILL to its process group."""
         for number in (stop_signal, signal.SIGQUIT, signal.SIGKILL):
             deadline = time.monotonic() + self.stop_seconds
             if start_time(process) != start:
                 return
             with contextlib.suppress(ProcessLookupError):
                 if number == signal.SIGKILL:
-                    os.killpg(process, number)  # each leads a process group
+                    os.killpg(process, number)
                 else:
                     os.kill(process, number)
             while start_time(process) == start and time.monotonic() < deadline:
@@ -115,4 +116,4 @@ class Processes:
 
 
 if __name__ == "__main__":
-    Processes(Path(sys.argv[1]), stop_seconds=20)
+    Processes(Path(sys.argv[1]), stop_seconds=20).stop()

@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[1]
 def main() -> int:
     """Print how each run ended and how long it took; return 1 at the first that failed, with its output."""
     parser = argparse.ArgumentParser(prog="python -m tools.repeat")
-    parser.add_argument("runs", type=int, help="how many")
-    parser.add_argument("--busy", action="store_true", help="beside two loops that keep two cores busy")
-    parser.add_argument("--args", default="", help="those of `make test ARGS=...`")
+    parser.add_argument("runs", type=int, help="the number of runs")
+    parser.add_argument("--busy", action="store_true", help="keep two cores busy meanwhile")
+    parser.add_argument("--args", default="", help="arguments for the tests, as in `make test ARGS=...`")
     options = parser.parse_args()
     loops = [subprocess.Popen([sys.executable, "-c", "while 1: pass"]) for _ in range(2 if options.busy else 0)]
     try:

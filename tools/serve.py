@@ -5,7 +5,6 @@ SIGINT, SIGTERM or SIGHUP; then the command is stopped, then Postgres. FOLDER ha
 """
 
 import contextlib
-import errno
 import os
 import signal
 import socket
@@ -17,6 +16,7 @@ from types import FrameType
 
 from server import settings
 from tools.embedded_postgres import Postgres
+from tools.environment import one_line_if_not_writable
 from tools.processes import Processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -34,11 +34,8 @@ def ignore_signals() -> None:
 
 
 def check_ports() -> None:
-    """Exit with one line where a port cannot be listened on."""
-    addresses = {"PORT": (settings.HOST, settings.PORT)}
-    if settings.METRICS_PORT and settings.TELEMETRY == "on":
-        addresses["METRICS_PORT"] = (settings.METRICS_HOST, settings.METRICS_PORT)
-    for name, (host, port) in addresses.items():
+    """Exit with one line if the service cannot listen on a port."""
+    for name, (host, port) in settings.addresses().items():
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -62,13 +59,13 @@ def start_postgres(folder: Path, processes: Processes) -> dict[str, str]:
         server.start()
     except SystemExit as error:
         sys.exit(
-            f"{error}\nIf you do not need its data: `make clean WITH_DATA=yes` removes it, `make run` starts anew."
+            f"{error}\nIf you do not need its data: `make clean WITH_DATA=yes` removes it, `make run` creates it again."
         )
     return os.environ | server.environment
 
 
 def wait_until_serving(process: subprocess.Popen[bytes]) -> bool:
-    """Wait until the service accepts connections; return False where it ends before."""
+    """Wait until the service accepts connections; return False if it ends before that."""
     while process.poll() is None:
         with contextlib.suppress(OSError), socket.create_connection((reachable_host(), settings.PORT)):
             return True
@@ -112,11 +109,5 @@ def main(folder: Path, command: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
+    with contextlib.suppress(KeyboardInterrupt), one_line_if_not_writable():
         sys.exit(main(Path(sys.argv[1]).absolute(), sys.argv[2:]))
-    except KeyboardInterrupt:
-        sys.exit(0)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        sys.exit(f"{error.filename} cannot be written: name other folders, as in `make run VENV=~/venv DATA=~/data`.")
