@@ -110,7 +110,7 @@ diagrams: docs-environment ## Draw the pictures of docs/ (needs Graphviz)
 k8s-apply: ## Apply k8s/ to the current cluster and namespace, and wait until the database and two pods of the API are ready
 	@tools/k8s_apply.sh
 
-k8s-secret: ## Create or change the database's password; it replaces the development one
+k8s-secret: ## Set a new random password for the database, in a Secret
 	@tools/k8s_secret.sh
 
 k8s-status: ## Show the objects of k8s/ and their load

@@ -381,6 +381,14 @@ def test_environment_of_another_version_than_the_python_asked_for_has_a_reason(t
     assert environment.Environment(tmp_path / ".venv", "run").fault(exactly=False) == ""
 
 
+def test_environment_whose_removal_was_interrupted_is_recreated(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
+    emptied = environment.Environment(tmp_path / ".venv", "run")
+    emptied.empty()
+    assert list((tmp_path / ".venv").iterdir()) == [emptied.incomplete]
+    assert emptied.fault(exactly=False) == "its installation was not finished"
+
+
 def test_empty_folder_becomes_a_virtual_environment(checkout: Path) -> None:
     (checkout / ".venv").mkdir()
     done = make_environment(checkout)

@@ -60,6 +60,15 @@ class Environment:
             return f"it has Python {version}"
         return ""
 
+    def empty(self) -> None:
+        """Remove what is in the folder; the folder stays, because it may be a mount point."""
+        self.incomplete.touch()  # the next start continues if this one is interrupted
+        for path in self.folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path != self.incomplete:
+                path.unlink()
+
     def create(self) -> None:
         """Create the environment, with nothing installed in it."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +77,7 @@ class Environment:
             [sys.executable, "-m", "venv", self.folder], check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         if made.returncode != 0:
-            shutil.rmtree(self.folder)
+            shutil.rmtree(self.folder, ignore_errors=True)
             fail("This Python has no venv module: install it (on Debian: apt-get install python3-venv).")
 
     def install(self, lock: int) -> None:
@@ -143,7 +152,7 @@ def main(folder: Path, name: str, exactly: bool) -> None:
     fault = environment.fault(exactly)
     if fault:
         print(f"Recreating {folder}: {fault}.", flush=True)
-        shutil.rmtree(folder)
+        environment.empty()
     if not (folder / "pyvenv.cfg").exists():
         environment.create()
     if not environment.is_current():
