@@ -8,7 +8,7 @@ DATA ?= .postgres
 # Arguments of `make test`, `make mutations` and `make bench`: `make test ARGS='-k birthday'`
 ARGS ?=
 # Number of test files that run at the same time
-JOBS ?= 2
+JOBS ?= 4
 # With `yes`, `make clean` also removes the data of `make run` and Compose.
 WITH_DATA ?= no
 # The image's tag
