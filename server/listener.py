@@ -13,7 +13,7 @@ import gevent
 from gevent.server import StreamServer
 
 SO_ATTACH_FILTER = 26  # Linux
-PAUSE_SECONDS = 0.001  # between two turns of accepting
+PAUSE_SECONDS = 0.0003  # between two turns of accepting
 HANDSHAKE_SECONDS = 0.1  # time for TCP handshakes in progress to complete
 # A classic BPF program: load the TCP flags; drop a packet with SYN and without ACK, keep every other one.
 DROP_SYN = [(0x30, 0, 0, 13), (0x54, 0, 0, 0x12), (0x15, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF)]
@@ -22,8 +22,12 @@ DROP_SYN = [(0x30, 0, 0, 13), (0x54, 0, 0, 0x12), (0x15, 0, 1, 0x02), (0x06, 0, 
 class Listener(StreamServer):
     """A gevent server that shares new connections with the other workers, and closes without resetting any."""
 
-    max_accept = 16  # in a turn
     is_paused = False
+
+    @property
+    def max_accept(self) -> int:  # type: ignore[override]
+        """The number of connections to accept in a turn: few, so that workers get equal shares, unless many are open."""
+        return 2 + len(self.pool) // 8
 
     def do_read(self) -> Any:
         """Accept a connection; after a turn, leave the next ones to the other workers for a moment.
