@@ -26,8 +26,8 @@ class Listener(StreamServer):
 
     @property
     def max_accept(self) -> int:  # type: ignore[override]
-        """The number of connections to accept in a turn: few, so that workers get equal shares, unless many are open."""
-        return 2 + len(self.pool) // 8
+        """The number of connections to accept in a turn: few while few are open, so that workers get equal shares."""
+        return 2 + len(self.pool or ()) // 8
 
     def do_read(self) -> Any:
         """Accept a connection; after a turn, leave the next ones to the other workers for a moment.
