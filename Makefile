@@ -90,9 +90,7 @@ clean: ## Remove what make made, but no data; WITH_DATA=yes removes the data of 
 
 .PHONY: wrk bench bench-growth bench-profile diagrams
 wrk:
-	@command -v wrk >/dev/null || { echo 'wrk is missing: trying apt-get install wrk ...'; \
-		{ apt-get update && apt-get install -y wrk; } >/dev/null 2>&1; } || { \
-		echo 'make bench needs wrk: install it (Debian: apt-get install wrk; macOS: brew install wrk).' >&2; exit 1; }
+	@tools/wrk.sh
 
 bench: wrk bench-environment ## Measure the service beside its limits and the usual alternatives
 	@$(VENV)/bench/bin/python -m bench.run $(ARGS)
