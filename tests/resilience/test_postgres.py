@@ -232,10 +232,11 @@ def file_size_limit(database: Database) -> Iterator[Callable[[], None]]:
         for process in database.processes():
             command = ["prlimit", f"--pid={process.pid}", f"--fsize={size}:"]
             user: dict[str, Any] = {}
-            if os.geteuid() == 0:  # which may not have the capability that the limits of others need
-                user = {"user": process.uids().real, "group": process.gids().real, "extra_groups": []}
-            done = subprocess.run(command, check=False, capture_output=True, **user)
-            assert done.returncode == 0 or not process.is_running(), done.stderr
+            with contextlib.suppress(psutil.NoSuchProcess):  # a backend that has ended meanwhile
+                if os.geteuid() == 0:  # which may not have the capability that the limits of others need
+                    user = {"user": process.uids().real, "group": process.gids().real, "extra_groups": []}
+                done = subprocess.run(command, check=False, capture_output=True, **user)
+                assert done.returncode == 0 or not process.is_running(), done.stderr
 
     limit(database.query("SELECT pg_relation_size('users')")[0][0])
     try:
