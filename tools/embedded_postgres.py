@@ -32,7 +32,7 @@ def binaries() -> Path:
 
 @functools.cache
 def as_server_user() -> tuple[str, ...]:
-    """Return the command that runs another one as a user whom Postgres accepts.
+    """Return the command that runs another one as a user that Postgres accepts.
 
     Postgres refuses to run as root. As root, run as `nobody` with CAP_DAC_OVERRIDE, because the data may be in a folder
     that only root can enter; access(2) honours the capability only with no_setuid_fixup.

@@ -9,7 +9,7 @@ from calendar import isleap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from tests.support.network import Connection, Response
 from tests.support.postgres import Database
@@ -151,6 +151,14 @@ class Client(threading.Thread):
         return response
 
 
+def defects_of(clients: Sequence[Any]) -> list[str]:
+    """Wait until threads of clients end, close their connections, and return what they were answered wrongly."""
+    for client in clients:
+        client.join()
+        client.connection.close()
+    return [defect for client in clients for defect in client.defects]
+
+
 class Load:
     """Clients at work. At its end no acknowledged write may be missing in the database, and no answer may be wrong.
 
@@ -189,12 +197,9 @@ class Load:
 
     def __exit__(self, *error: object) -> None:
         self.done.set()
-        for client in self.clients:
-            client.join()
-            client.connection.close()
+        defects = defects_of(self.clients)
         self.end = max((answer.moment for answer in self.answers), default=self.start)
         if not error[0]:
-            defects = [defect for client in self.clients for defect in client.defects]
             assert not defects, f"{len(defects)} wrong answers, such as {sorted(set(defects))[:3]}"
             rows = self.database.rows()
             lost = [user for client in self.clients for user in client.journal.lost(rows)]

@@ -10,7 +10,7 @@ from typing import Self
 from zoneinfo import ZoneInfo
 
 from tests.support.linearizability import NEVER, Operation, first_lost, first_violation
-from tests.support.load import days_until_birthday, letters
+from tests.support.load import days_until_birthday, defects_of, letters
 from tests.support.network import Connection
 from tests.support.postgres import Database
 from tests.support.service import Service, body
@@ -132,10 +132,7 @@ class Registers:
 
     def __exit__(self, *error: object) -> None:
         self.done.set()
-        for client in self.clients:
-            client.join()
-            client.connection.close()
-        defects = [defect for client in self.clients for defect in client.defects]
+        defects = defects_of(self.clients)
         assert error[0] or not defects, f"{len(defects)} wrong answers, such as {sorted(set(defects))[:3]}"
 
     def wait_for_successes(self, count: int, clients: Sequence[Client] | None = None) -> None:
