@@ -1,48 +1,70 @@
-"""What README.md and docs/ say, compared with what is there: commands and their output, settings, links, costs."""
+"""What the Markdown files say, compared with what is there: commands and their output, settings, links, costs."""
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psycopg2
 import pytest
 import yaml
 
 import hello
-from server import settings
+from server import settings, telemetry
 from tests.support.network import free_port
+from tests.support.postgres import Database
 from tests.support.wait import wait_until
 from tools import environment
+from tools.embedded_postgres import binaries
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-DOCUMENTS = [
-    PAGES[1],
-    *sorted(path for pattern in ("*.md", "[a-z]*/*.md", "[a-z]*/*/*.md") for path in ROOT.glob(pattern)),
-]
+PATTERNS = ("*.md", ".github/*.md", "[a-z]*/*.md", "[a-z]*/*/*.md", "[a-z]*/*/*/*.md")
+PAGES = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
 
 # Commands that are not run here: how each begins, and why.
 NOT_RUN = {
     "make run": "the fixture `service` runs its command, tests/test_make_run.py runs it",
+    "PGHOST=db.example": "there is no such server",
     "make test": "this test is part of it",
+    "make coverage": "it runs the tests",
+    "make mutations": "it takes long",
+    "make lint": ".ci/run runs it",
     "make format": "it changes files",
-    "make bench": "it takes minutes",
+    "make clean": "it removes files: tests/test_environment.py runs it in a copy",
+    "make lock": "asks PyPI for new versions",
+    "make audit": "asks PyPI for vulnerabilities",
+    "make diagrams": "needs Graphviz",
+    "make bench": "it takes minutes, and wrk",
     "make compose-": "needs an engine: tests/test_compose.py",
     "docker ": "needs an engine, images or a registry",
     "export COMPOSE_FILE": "tests/test_compose.py and tests/test_proxy.py use the file",
     "make build": "needs an engine: tests/test_compose.py",
+    "make scan": "needs an engine and a registry: .github/workflows runs it",
+    "make kind": "needs an engine and a registry: .github/workflows runs it",
     "make k8s-": "needs a cluster: make k8s-smoke in .github/workflows",
-    "kubectl ": "needs a cluster",
+    "kubectl ": "needs a cluster; the copy of the data has a test here",
     "sed -i 's|image": "changes a manifest for a registry",
     "ls k8s/": "needs a cluster",
+    "$EDITOR ": "opens an editor",
+    "python hello.py": "tests/test_commands.py runs it",
+    "grep '\"level": "filters a log; `test_log_line_has_the_fields_that_the_page_shows` knows its form",
+    "git grep": "needs git",
+    "apt-get install": "needs root and a network",
+    "SELECT create_distributed_table": "needs Citus",
 }
+# Inline code that begins with one of these is a command.
+PROGRAMS = "PGHOST=[^`]* make|apt-get|curl|docker|git|grep|kubectl|make|python3?"
 
 # What is different each time.
 MASKS = {
@@ -62,15 +84,41 @@ class Command(NamedTuple):
     output: str
 
 
+def blocks(page: Path, languages: str) -> list[tuple[str, str]]:
+    """Return the language and the text of the fenced blocks in some languages."""
+    found = re.findall(rf"^( *)```({languages})\n(.*?)^ *```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [(language, re.sub(f"(?m)^{indent}", "", text)) for indent, language, text in found]
+
+
 def commands() -> Iterator[Command]:
     """Return every command in the fenced blocks: lines after `$` in `console` blocks, each line of `sh` blocks."""
     for page in PAGES:
-        for language, block in re.findall(r"^```(console|sh)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
+        for language, block in blocks(page, "console|sh"):
             prompt = r"^\$ " if language == "console" else r"^(?! )"
             for part in re.split(prompt, re.sub(r"\\\n +", "", block), flags=re.MULTILINE):
-                text, _, output = part.partition("\n")
+                text, _, output = part.partition("\n") if language == "console" else (part.strip(), "", "")
                 if text:
                     yield Command(page, text, output)
+
+
+def inline_commands() -> Iterator[Command]:
+    """Return the commands between backquotes in the text of the pages."""
+    for page in PAGES:
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        for command in re.findall(rf"`((?:{PROGRAMS})\s[^`]+)`", text):
+            yield Command(page, " ".join(command.replace("<instance>", "127.0.0.1").split()), "...")
+
+
+def statements() -> Iterator[Command]:
+    """Return the SQL of the pages: the `sql` blocks, and what begins with a keyword between backquotes."""
+    for page in PAGES:
+        for text in re.findall(r"`((?:SELECT|DELETE) [^`]+)`", page.read_text()):
+            yield Command(page, text, "")
+        for _, text in blocks(page, "sql"):
+            yield Command(page, text, "")
+
+
+ALL_COMMANDS = sorted({*commands(), *inline_commands()})
 
 
 def reason_not_to_run(command: Command) -> str | None:
@@ -80,7 +128,7 @@ def reason_not_to_run(command: Command) -> str | None:
 def mask(text: str) -> str:
     for pattern, replacement in MASKS.items():
         text = re.sub(pattern, replacement, text)
-    return text.strip()
+    return re.sub(r"(?m) +$", "", text).strip()
 
 
 def assert_output(command: Command, output: str) -> None:
@@ -93,7 +141,7 @@ class Documented:
     """A service started as `make run` starts it, with its output in `lines` and its ports for those of the pages."""
 
     def __init__(self, folder: Path) -> None:
-        self.port, self.metrics_port = str(free_port()), str(free_port())
+        self.folder, self.port, self.metrics_port = folder, str(free_port()), str(free_port())
         self.environment = os.environ | {"PORT": self.port, "METRICS_PORT": self.metrics_port}
         gunicorn = [f"{sys.prefix}/bin/gunicorn", "hello:application"]
         self.process = subprocess.Popen(
@@ -109,6 +157,7 @@ class Documented:
         self.lines.extend(self.with_shown_ports(line) for line in self.process.stdout)
 
     def with_own_ports(self, text: str) -> str:
+        text = text.replace("9000", str(free_port())).replace("9001", str(free_port()))
         return text.replace("8080", self.port).replace("8081", self.metrics_port)
 
     def with_shown_ports(self, text: str) -> str:
@@ -132,8 +181,9 @@ def service() -> Iterator[Documented]:
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """Return a folder in which a command finds the files of the repository and may write its own."""
-    for name in ("docs", "bench", "hello.py"):
-        (tmp_path / name).symlink_to(ROOT / name)
+    for path in ROOT.glob("[a-z]*"):
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
     return tmp_path
 
 
@@ -144,23 +194,99 @@ def test_make_run_prints_what_the_readme_shows(service: Documented) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if any(c.page == page for c in commands())], ids=lambda p: p.name
+    "page",
+    [page for page in PAGES if any(c.page == page for c in ALL_COMMANDS)],
+    ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_commands_of_a_page_print_what_it_shows(page: Path, service: Documented, checkout: Path) -> None:
-    for command in commands():
+    for command in (*commands(), *inline_commands()):
         if command.page != page or reason_not_to_run(command):
             continue
+        text = service.with_own_ports(command.text).replace("/tmp/rows", f"{service.folder}/rows")
         done = subprocess.run(
-            ["bash", "-c", service.with_own_ports(command.text)],
-            check=False, capture_output=True, text=True, cwd=checkout, env=service.environment,
-        )  # fmt: skip
+            ["bash", "-c", text], check=False, capture_output=True, text=True, cwd=checkout, env=service.environment
+        )
         assert done.returncode == 0, f"{command.text}\n{done.stderr}"
         assert_output(command, service.with_shown_ports(done.stdout))
 
 
 @pytest.mark.parametrize("start", NOT_RUN)
 def test_command_that_is_not_run_is_on_a_page(start: str) -> None:
-    assert any(command.text.startswith(start) for command in commands())
+    assert any(command.text.startswith(start) for command in (*ALL_COMMANDS, *statements()))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Database]:
+    """Start a Postgres with the table, without the role of the service."""
+    database = Database()
+    database.start()
+    subprocess.run([sys.executable, "hello.py", "init-db"], check=True, cwd=ROOT, env=os.environ | database.environment)
+    yield database
+    database.stop()
+
+
+@pytest.mark.parametrize(
+    "statement", [s for s in statements() if not reason_not_to_run(s)], ids=lambda s: f"{s.page.name}-{s.text[:24]}"
+)
+def test_statement_of_a_page_runs(statement: Command, server: Database) -> None:
+    later = (time.time() + 60,) if "%s" in statement.text else None
+    with contextlib.closing(server.connect()) as connection, connection.cursor() as cursor:
+        connection.autocommit = False
+        cursor.execute(statement.text, later)
+
+
+def test_guard_of_the_page_is_that_of_the_code() -> None:
+    ((_, guard),) = blocks(ROOT / "docs/architecture.md", "sql")
+    assert guard.strip() in hello.SAVE_DATES_OF_BIRTH
+
+
+def test_data_is_copied_to_the_cluster_as_the_page_says(server: Database, tmp_path: Path) -> None:
+    """`kubectl exec` runs the page's command beside one of two servers, as in the containers of two pods."""
+    server.query("INSERT INTO users VALUES ('Zoe', '1990-05-17')")
+    server.query("CREATE DATABASE hello TEMPLATE postgres")
+    (command,) = (c.text for c in commands() if "pg_dump" in c.text)
+    target = Database()
+    target.start()
+    try:
+        target.query("CREATE ROLE hello LOGIN")
+        target.query("CREATE DATABASE hello OWNER hello")
+        hosts = {"hello-database-0": server, "hello-ha-1": target}
+        cases = "".join(f"*{pod}*) export PGHOST={at.sockets_folder};; " for pod, at in hosts.items())
+        program = tmp_path / "kubectl"
+        program.write_text(
+            f'#!/bin/sh\ncase "$*" in {cases}esac\nwhile [ $1 != -- ]; do shift; done\nshift\nexec "$@"\n'
+        )
+        program.chmod(0o755)
+        path = f"{tmp_path}:{binaries()}:{os.environ['PATH']}"
+        subprocess.run(
+            ["bash", "-eo", "pipefail", "-c", command], check=True, env=os.environ | server.environment | {"PATH": path}
+        )
+        with psycopg2.connect(host=target.sockets_folder, user="hello", dbname="hello") as copied:
+            cursor = copied.cursor()
+            cursor.execute("SELECT username, date_of_birth FROM users")
+            assert cursor.fetchall() == [("Zoe", date(1990, 5, 17))]
+        copied.close()
+    finally:
+        target.stop()
+
+
+def test_warnings_of_the_runbook_are_those_of_an_outage(caplog: pytest.LogCaptureFixture) -> None:
+    outage = telemetry.Outage()
+    outage.failure("find", TimeoutError("no answer within 3.0 s"), 10)
+    outage.unavailable = 45
+    outage.success(22.3)
+    ((_, shown),) = blocks(ROOT / "monitoring/runbook.md", "text")
+    assert shown.splitlines() == caplog.messages
+
+
+def test_query_of_the_runbook_is_valid(tmp_path: Path) -> None:
+    if not shutil.which("promtool"):
+        pytest.skip("promtool is not installed: on Debian, apt-get install prometheus")
+    (query,) = re.findall(r"`(sum by[^`]+)`", (ROOT / "monitoring/runbook.md").read_text())
+    rules = {"groups": [{"name": "runbook", "rules": [{"record": "runbook", "expr": query}]}]}
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(rules))
+    subprocess.run(["promtool", "check", "rules", tmp_path / "rules.yml"], check=True, capture_output=True)
+    assert re.findall(r"\w+_total", query)[0] in {row[0] for row in rows(ROOT / "docs/observability.md", "Metrics")}
 
 
 def test_log_line_has_the_fields_that_the_page_shows(service: Documented) -> None:
@@ -237,7 +363,7 @@ def test_readme_is_short() -> None:
     assert [line for line in lines if len(line) > 120 and "://" not in line] == []
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("document", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_make_targets_of_a_document_exist(document: Path) -> None:
     targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     code = "\n".join(re.findall(r"```.*?```|`[^`]+`", document.read_text(), re.DOTALL))
@@ -245,7 +371,7 @@ def test_make_targets_of_a_document_exist(document: Path) -> None:
 
 
 def links() -> Iterator[tuple[Path, str]]:
-    for document in DOCUMENTS:
+    for document in PAGES:
         for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
             if not re.match(r"[a-z]+:", link):
                 yield document, link
