@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.contestants import CONTESTANTS
 from bench.database import SETTINGS, psql
 from bench.load import CLIENTS, METHODS, Samples
 from bench.measure import CLIENT_COUNTS, USER_COUNTS, WORKER_COUNTS, Case, Growth, Measurements, worker_case
@@ -29,6 +30,8 @@ PACKAGES = [
     "granian",
 ]
 GROWTH_POINTS = 5
+README_ROWS = {contestant.label for contestant in CONTESTANTS if contestant.name in {"hello", "go", "fastapi"}}
+README_BLOCK = re.compile("(?<=<!-- speed -->\n).*(?=\n<!-- /speed -->)", re.DOTALL)
 
 
 class Bar(NamedTuple):
@@ -123,6 +126,17 @@ def comparison(measured: Measurements) -> list[str]:
     first = "hello" if base == "hello" else base
     head = f"{CLIENTS} clients | GET/s | {first} is | p99, ms | PUT/s | {first} is | p99, ms | memory"
     return table(head, rows)
+
+
+def readme_table(lines: Iterable[str]) -> str:
+    """Return the README's table of rates and latencies, from the lines of the report of `make bench`."""
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    cells = [
+        [row[0], *(re.sub(r" \(.*", "", row[column]) for column in (1, 3, 4, 6))]
+        for row in rows
+        if row[0] in README_ROWS
+    ]
+    return "\n".join(table(f"{CLIENTS} clients | GET/s | p99, ms | PUT/s | p99, ms", cells))
 
 
 def bars(measured: Measurements) -> list[str]:

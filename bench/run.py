@@ -12,7 +12,7 @@ from pathlib import Path
 from bench.contestants import CONTESTANTS
 from bench.database import USERS, create_database, postgres
 from bench.measure import compare, measure, measure_growth
-from bench.report import comparison, growth_report, report
+from bench.report import README_BLOCK, comparison, growth_report, readme_table, report
 
 HERE = Path(__file__).parent
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -56,10 +56,16 @@ def run(arguments: argparse.Namespace) -> list[str]:
     measured = measure(arguments.rounds, arguments.seconds)
     lines = report(measured)
     (HERE / "results.md").write_text("\n".join(lines) + "\n")
+    update_readme(HERE.parent / "README.md", lines)
     from bench.plot import plot  # slow to import
 
     plot(measured, HERE / "results.png")
     return lines
+
+
+def update_readme(readme: Path, lines: list[str]) -> None:
+    """Replace the README's table of rates and latencies by that of a report."""
+    readme.write_text(README_BLOCK.sub(readme_table(lines), readme.read_text()))
 
 
 def main() -> None:

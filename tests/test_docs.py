@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 import hello
+from bench.report import README_BLOCK, readme_table
 from server import settings, telemetry
 from tests.support.network import free_port
 from tests.support.postgres import Database
@@ -345,7 +346,7 @@ def test_settings_of_the_code_are_those_of_env_example() -> None:
 
 
 def test_settings_of_the_readme_have_the_defaults_of_the_code() -> None:
-    table = {row[0]: row[1] for row in rows(ROOT / "README.md", "Set it") if not row[0].startswith("PG")}
+    table = {row[0]: row[1] for row in rows(ROOT / "README.md", "Configure it") if not row[0].startswith("PG")}
     assert table.items() <= {name: default for name, (default, *_) in declared_settings().items()}.items()
 
 
@@ -355,6 +356,12 @@ def test_readme_says_what_the_first_start_downloads() -> None:
     assert f"downloads about {downloaded} MB" in readme
     assert f"unpacks {unpacked} MB" in readme
     assert f"downloads {environment.SIZES['dev'][0]} MB" in readme
+
+
+def test_speed_in_the_readme_is_that_of_the_report() -> None:
+    report = (ROOT / "bench" / "results.md").read_text().splitlines()
+    assert README_BLOCK.findall((ROOT / "README.md").read_text()) == [readme_table(report)]
+    assert readme_table(report).count("\n") == 4
 
 
 def test_readme_is_short() -> None:
