@@ -83,48 +83,64 @@ def arrow(*points: tuple[float, float], **attributes: str) -> None:
 
 def draw_aws(filename: str) -> None:
     """Draw hello on AWS: what docs/aws.md describes."""
-    zone = {"fillcolor": "#ffffff", "style": "filled,rounded,dashed"}
     with Diagram("", graph_attr=GRAPH, show=False, outformat="png", filename=filename):
-        box("", 0.1, 0, 17.3, 9.6, style="invis")
-        box("one AWS region", 2.2, 0, 15.3, 9.6, fillcolor="#ffffff")
-        box("public subnets", 2.5, 3, 4.9, 8.9)
-        box("EKS, private subnets\n3 to 10 pods", 5.7, 3, 8.9, 8.9)
-        box("RDS for PostgreSQL\nMulti-AZ", 9.8, 3, 12.8, 8.9)
-        box("for all zones", 2.5, 0.2, 12.8, 2.3)
+        draw_boxes()
+        draw_icons()
+        draw_arrows()
 
-        icon(Users, "clients", 1, 7.4)
-        icon(Route53, "Route 53", 1, 4.9)
-        icon(WAF, "firewall (WAF)", 3.7, 7.4)
-        icon(ALB, "load balancer\nends TLS", 3.7, 4.9)
-        for name, y in (("zone a", 7.2), ("zone b", 5.55), ("zone c", 3.9)):
-            box("", 5.9, y - 0.72, 8.7, y + 0.72, **zone)
-            text(name, 6.5, y)
-            icon(Pod, "API pods", 7.8, y + 0.2)
-        for name, label, y in (("zone a", "primary", 7.2), ("zone b", "standby", 4.6)):
-            box("", 10, y - 0.72, 12.6, y + 0.72, **zone)
-            text(name, 10.6, y)
-            icon(RDSPostgresqlInstance, label, 11.8, y + 0.2)
-        icon(S3, "log archive\n35 days", 14.2, 7.4)
-        icon(Backup, "AWS Backup\nevery day", 14.2, 4.9)
-        icon(S3, "copy in\nanother\nregion", 16.4, 4.9)
-        shared = ((Prometheus, "Prometheus"), (Grafana, "Grafana"), (SecretsManager, "Secrets"), (ECR, "ECR"))
-        for number, (kind, label) in enumerate((*shared, (Cloudwatch, "CloudWatch"))):
-            icon(kind, label, 3.6 + 2 * number, 1.15)
 
-        dashed = {"style": "dashed"}
-        arrow((1.6, 7.4), (3.1, 7.4))
-        arrow((3.7, 6.45), (3.7, 5.5))
-        arrow((1, 6.45), (1, 5.5), **dashed)
-        arrow((1.6, 4.9), (3.1, 4.9), **dashed)
-        for y in (7.2, 5.55, 3.9):
-            arrow((4.3, 4.9), (5.9, y))
-        arrow((8.9, 7.2), (10, 7.2))
-        arrow((10.6, 6.48), (10.6, 5.32))
-        text("synchronous", 11.6, 5.9)
-        arrow((12.6, 7.4), (13.6, 7.4))
-        arrow((12.6, 6.8), (13.1, 6.8), (13.1, 4.9), (13.6, 4.9))
-        arrow((14.8, 4.9), (15.8, 4.9))
-        arrow((7.3, 3), (7.3, 2.3), **dashed)
+def draw_boxes() -> None:
+    """Draw the region and its parts."""
+    box("", 0.1, 0, 17.3, 9.6, style="invis")
+    box("one AWS region", 2.2, 0, 15.3, 9.6, fillcolor="#ffffff")
+    box("public subnets", 2.5, 3, 4.9, 8.9)
+    box("EKS, private subnets\n3 to 10 pods", 5.7, 3, 8.9, 8.9)
+    box("RDS for PostgreSQL\nMulti-AZ", 9.8, 3, 12.8, 8.9)
+    box("for all zones", 2.5, 0.2, 12.8, 2.3)
+
+
+def draw_icons() -> None:
+    """Draw what runs, from left to right, then what serves all zones."""
+    icon(Users, "clients", 1, 7.4)
+    icon(Route53, "Route 53", 1, 4.9)
+    icon(WAF, "firewall (WAF)", 3.7, 7.4)
+    icon(ALB, "load balancer\nends TLS", 3.7, 4.9)
+    for name, y in (("zone a", 7.2), ("zone b", 5.55), ("zone c", 3.9)):
+        draw_zone(name, 5.9, 8.7, y)
+        icon(Pod, "API pods", 7.8, y + 0.2)
+    for name, label, y in (("zone a", "primary", 7.2), ("zone b", "standby", 4.6)):
+        draw_zone(name, 10, 12.6, y)
+        icon(RDSPostgresqlInstance, label, 11.8, y + 0.2)
+    icon(S3, "log archive\n35 days", 14.2, 7.4)
+    icon(Backup, "AWS Backup\nevery day", 14.2, 4.9)
+    icon(S3, "copy in\nanother\nregion", 16.4, 4.9)
+    shared = ((Prometheus, "Prometheus"), (Grafana, "Grafana"), (SecretsManager, "Secrets"), (ECR, "ECR"))
+    for number, (kind, label) in enumerate((*shared, (Cloudwatch, "CloudWatch"))):
+        icon(kind, label, 3.6 + 2 * number, 1.15)
+
+
+def draw_zone(name: str, left: float, right: float, y: float) -> None:
+    """Draw a zone, with room for an icon at its right."""
+    box("", left, y - 0.72, right, y + 0.72, fillcolor="#ffffff", style="filled,rounded,dashed")
+    text(name, left + 0.6, y)
+
+
+def draw_arrows() -> None:
+    """Draw the ways of requests, rows and backups; the lines of other things are dashed."""
+    dashed = {"style": "dashed"}
+    arrow((1.6, 7.4), (3.1, 7.4))
+    arrow((3.7, 6.45), (3.7, 5.5))
+    arrow((1, 6.45), (1, 5.5), **dashed)
+    arrow((1.6, 4.9), (3.1, 4.9), **dashed)
+    for y in (7.2, 5.55, 3.9):
+        arrow((4.3, 4.9), (5.9, y))
+    arrow((8.9, 7.2), (10, 7.2))
+    arrow((10.6, 6.48), (10.6, 5.32))
+    text("synchronous", 11.6, 5.9)
+    arrow((12.6, 7.4), (13.6, 7.4))
+    arrow((12.6, 6.8), (13.1, 6.8), (13.1, 4.9), (13.6, 4.9))
+    arrow((14.8, 4.9), (15.8, 4.9))
+    arrow((7.3, 3), (7.3, 2.3), **dashed)
 
 
 if __name__ == "__main__":
