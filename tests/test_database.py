@@ -101,12 +101,15 @@ def test_put_that_reaches_postgres_late_does_not_overwrite_one_acknowledged_afte
 def test_put_whose_reply_is_lost_is_503_and_is_not_sent_again(
     app: TestApp, table: Database, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hello, "DATABASE_TIMEOUT", 0.5)
+    monkeypatch.setattr(hello, "CONNECT_TIMEOUT", 0.2)  # so that there is time for another attempt
+    monkeypatch.setattr(hello, "DATABASE_TIMEOUT", 1)
     with counted_writes(table) as writes:
         proxy.drop_replies()
-        assert put(app, "Adam") == 503
-        proxy.heal()
+        first = in_thread(put, app, "Adam")
         wait_until(lambda: "Adam" in table.rows())
+        proxy.drops_replies = False  # on later connections
+        proxy.cut()
+        assert first.result(10) == 503
         assert writes() == 1
 
 
@@ -147,17 +150,40 @@ def test_put_of_a_frozen_backend_does_not_overwrite_one_acknowledged_after_it_wa
     assert table.rows() == {"Zoe": date(1992, 1, 1)}
 
 
-def test_put_whose_wait_for_a_lock_ends_after_its_deadline_writes_nothing(
+def test_new_user_whose_put_is_503_for_a_frozen_backend_is_not_created_later(
     app: TestApp, table: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hello, "DATABASE_TIMEOUT", 0.5)
+    assert put(app, "Zoe", "1990-01-01") == 204
+    pid = idle_connection(hello.save_date_of_birth).info.backend_pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        assert put(app, "Adam") == 503
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: not table.query("SELECT FROM pg_stat_activity WHERE pid = %s", pid))
+    assert table.rows() == {"Zoe": date(1990, 1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("lock", "zoe"),
+    [
+        ("SELECT FROM users WHERE username = 'Zoe' FOR UPDATE", {"Zoe": date(1990, 1, 1)}),
+        ("DELETE FROM users; COMMIT; BEGIN; INSERT INTO users VALUES ('Zoe', '1980-01-01')", {}),  # is rolled back
+    ],
+    ids=["known user", "new user"],
+)
+def test_put_whose_wait_for_a_lock_ends_after_its_deadline_writes_nothing(
+    app: TestApp, table: Database, monkeypatch: pytest.MonkeyPatch, lock: str, zoe: dict[str, date]
 ) -> None:
     monkeypatch.setattr(hello, "STATEMENT_TIMEOUT", 30)
     monkeypatch.setattr(hello, "DATABASE_TIMEOUT", 0.5)
     table.query("INSERT INTO users VALUES ('Zoe', '1990-01-01')")
-    with table.locked("SELECT FROM users WHERE username = 'Zoe' FOR UPDATE"):
+    with table.locked(lock):
         assert put(app, "Zoe", "1991-01-01") == 503
         assert put(app, "Adam") == 204
     wait_until(lambda: not table.query("SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'"))
-    assert table.rows() == {"Zoe": date(1990, 1, 1), "Adam": date(1990, 5, 17)}
+    assert table.rows() == {**zoe, "Adam": date(1990, 5, 17)}
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT"])
