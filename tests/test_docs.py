@@ -59,6 +59,7 @@ NOT_RUN = {
     "ls k8s/": "needs a cluster",
     "$EDITOR ": "opens an editor",
     "python hello.py": "tests/test_commands.py runs it",
+    "python -m server": "it serves until it is stopped; `make run` runs it",
     "grep '\"level": "filters a log; `test_log_line_has_the_fields_that_the_page_shows` knows its form",
     "git grep": "needs git",
     "apt-get install": "needs root and a network",
