@@ -16,6 +16,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import kubernetes_validate
 import psycopg2
 import pytest
 import yaml
@@ -55,8 +56,8 @@ NOT_RUN = {
     "make kind": "needs an engine and a registry: .github/workflows runs it",
     "make k8s-": "needs a cluster: make k8s-smoke in .github/workflows",
     "kubectl ": "needs a cluster; the copy of the data has a test here",
-    "sed -i 's|image": "changes a manifest for a registry",
-    "ls k8s/": "needs a cluster",
+    "sed -i 's|image": "changes a manifest: `test_images_are_renamed_as_the_page_says`",
+    "ls k8s/": "needs a cluster: `test_files_for_a_managed_database_are_those_of_the_api`",
     "$EDITOR ": "opens an editor",
     "python hello.py": "tests/test_commands.py runs it",
     "python -m server": "it serves until it is stopped; `make run` runs it",
@@ -270,6 +271,32 @@ def test_data_is_copied_to_the_cluster_as_the_page_says(server: Database, tmp_pa
         copied.close()
     finally:
         target.stop()
+
+
+def run_from_page(start: str, old: str, new: str) -> list[str]:
+    """Run the page's command that begins so, with a part replaced; return the lines of its output."""
+    (command,) = (c.text.replace(old, new) for c in commands() if c.text.startswith(start))
+    done = subprocess.run(["bash", "-c", command], check=True, capture_output=True, text=True, cwd=ROOT)
+    return done.stdout.splitlines()
+
+
+def test_images_are_renamed_as_the_page_says() -> None:
+    before = (ROOT / "k8s/api-deployment.yaml").read_text().splitlines()
+    after = run_from_page("sed -i 's|image", "sed -i", "sed")
+    renamed = [(old, new) for old, new in zip(before, after, strict=True) if "image: " in old]
+    assert renamed
+    assert all(new == old.replace("hello:", "registry.example.com/hello:") for old, new in renamed)
+
+
+def test_files_for_a_managed_database_are_those_of_the_api() -> None:
+    applied = run_from_page("ls k8s/", "kubectl apply -f", "echo")
+    left_out = {path.name for path in (ROOT / "k8s").glob("*.yaml")} - {Path(name).name for name in applied}
+    assert left_out == {f"database-{kind}.yaml" for kind in ("config", "service", "statefulset")} | {"api-service.yaml"}
+
+
+def test_manifest_of_a_page_fits_the_schema() -> None:
+    manifest, _ = (yaml.safe_load(text) for _, text in blocks(ROOT / "docs/kubernetes.md", "yaml"))
+    kubernetes_validate.validate(manifest, "1.30", strict=True)
 
 
 def test_warnings_of_the_runbook_are_those_of_an_outage(caplog: pytest.LogCaptureFixture) -> None:
