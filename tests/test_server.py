@@ -3,12 +3,13 @@
 import contextlib
 import errno
 import itertools
+import os
 import select
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -143,31 +144,41 @@ def test_client_that_does_not_read_and_stalls_is_closed(monkeypatch: pytest.Monk
 # --- Clients that send without end ---------------------------------------------------------------------
 
 
-class EndlessSocket:
-    """A client's socket that has always something to read, for two seconds."""
-
-    def __init__(self) -> None:
-        self.end = time.monotonic() + 2
-
-    def recv(self, size: int) -> bytes:
-        return b"x" * size if time.monotonic() < self.end else b""
-
-    def getsockname(self) -> tuple[str, int]:
-        return ("127.0.0.1", 80)
-
-    def shutdown(self, how: int) -> None:
-        pass
+FLOOD_BYTES = 64 << 20
 
 
-def test_client_that_sends_to_a_connection_that_is_being_closed_does_not_stop_the_others() -> None:
-    connection = Connection(cast(Worker, SimpleNamespace(common_environ=lambda address: {})), EndlessSocket())
-    closing = gevent.spawn(connection.close_gently)
-    turns = 0
-    while not closing.ready():
-        gevent.sleep(0.001)
-        turns += 1
-    assert closing.successful()
-    assert turns > 10
+def flood(client: socket.socket, file: int) -> int:
+    """Send to a connection that is being closed until it is reset, for 5 seconds at most; return the number of bytes.
+
+    sendfile does not copy: the client is faster than any reader.
+    """
+    assert client.recv(1000).startswith(b"HTTP/1.1 ")
+    client.setblocking(True)
+    sent, end = 0, time.monotonic() + 5
+    with client, contextlib.suppress(ConnectionError):
+        while time.monotonic() < end:
+            sent += os.sendfile(client.fileno(), file, 0, FLOOD_BYTES)
+    return sent
+
+
+def test_clients_that_flood_connections_that_are_being_closed_do_not_stop_the_others(
+    service: Service, tmp_path: Path, report: Callable[[str], None]
+) -> None:
+    with (tmp_path / "zeros").open("w+b") as file:
+        file.truncate(FLOOD_BYTES)
+        floods = []
+        for opening in (b"SESAME / HTTP/1.1\r\n\r\n", LIVEZ[:-2] + b"Connection: close\r\n\r\n") * 2:
+            client = service.open_socket()
+            client.sendall(opening)
+            floods.append(in_thread(flood, client, file.fileno()))
+        seconds = []
+        while not all(each.done() for each in floods):
+            seconds.append(service.ask("GET", "/livez").seconds)
+            time.sleep(0.01)  # so that this client uses little of the processor
+    megabytes = max(each.result() for each in floods) / 1e6
+    report(f"slowest of {len(seconds)} answers {max(seconds):.3f} s; at most {megabytes:.0f} MB were taken from a client")
+    assert max(seconds) < 0.5
+    assert megabytes < 100
 
 
 def test_clients_that_reset_their_connections_leave_nothing_in_the_log(service: Service) -> None:
