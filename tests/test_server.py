@@ -176,7 +176,7 @@ def test_clients_that_flood_connections_that_are_being_closed_do_not_stop_the_ot
             seconds.append(service.ask("GET", "/livez").seconds)
             time.sleep(0.01)  # so that this client uses little of the processor
     megabytes = max(each.result() for each in floods) / 1e6
-    report(f"slowest of {len(seconds)} answers {max(seconds):.3f} s; at most {megabytes:.0f} MB were taken from a client")
+    report(f"slowest of {len(seconds)} answers {max(seconds):.3f} s, at most {megabytes:.0f} MB taken from a client")
     assert max(seconds) < 0.5
     assert megabytes < 100
 
