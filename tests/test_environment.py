@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pip
 import pytest
 
 from tools import environment
@@ -96,6 +97,18 @@ def program(path: Path, script: str) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def copied_venv(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A PYTHONPATH with a module `venv` that copies a virtual environment: pip takes seconds to install itself."""
+    folder = tmp_path_factory.mktemp("venv")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "made"], check=True)
+    [packages] = (folder / "made" / "lib").glob("python*/site-packages")
+    shutil.copytree(Path(pip.__file__).parent, packages / "pip")
+    copy = f"shutil.copytree({str(folder / 'made')!r}, sys.argv[1], symlinks=True, dirs_exist_ok=True)"
+    (folder / "venv.py").write_text(f"import shutil, sys\n{copy}\n")
+    return str(folder)
+
+
 PRETEND = f"""exec {sys.executable} -c 'import sys; sys.version_info = (3, 9, 18); exec(sys.argv.pop(1))' "$2" """
 
 
@@ -151,17 +164,17 @@ def test_environment_whose_removal_was_interrupted_is_recreated(tmp_path: Path) 
     assert emptied.fault(exactly=False) == "its installation was not finished"
 
 
-def test_empty_folder_becomes_a_virtual_environment(checkout: Path) -> None:
+def test_empty_folder_becomes_a_virtual_environment(checkout: Path, copied_venv: str) -> None:
     (checkout / ".venv").mkdir()
-    done = make_environment(checkout)
+    done = make_environment(checkout, PYTHONPATH=copied_venv)
     assert (done.returncode, done.stderr) == (0, "")
     assert (checkout / ".venv" / "pyvenv.cfg").exists()
 
 
-def test_environment_can_be_created_after_that_of_the_benchmarks(checkout: Path) -> None:
-    assert make(checkout, "bench-environment").returncode == 0
+def test_environment_can_be_created_after_that_of_the_benchmarks(checkout: Path, copied_venv: str) -> None:
+    assert make(checkout, "bench-environment", PYTHONPATH=copied_venv).returncode == 0
     assert (checkout / ".venv" / "bench" / "pyvenv.cfg").exists()
-    assert make_environment(checkout).returncode == 0
+    assert make_environment(checkout, PYTHONPATH=copied_venv).returncode == 0
 
 
 def test_folder_that_is_no_virtual_environment_is_left_alone(checkout: Path) -> None:

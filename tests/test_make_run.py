@@ -1,6 +1,7 @@
 """`make run` under an impatient hand: interrupted, killed, with a wrong Python, in folders that it may not write to."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import psutil
 import pytest
 
 from tests.support.network import free_port
+from tests.support.postgres import template
 from tests.support.wait import wait_until
 from tools.embedded_postgres import Postgres, as_server_user, binaries
 
@@ -39,6 +41,7 @@ class MakeRun:
         clean = {name: value for name, value in os.environ.items() if not name.startswith(own)}
         clean |= {"PORT": self.port, "METRICS_PORT": "0"} | settings
         self.data = data
+        self.output = ""
         self.process = subprocess.Popen(
             ["make", "run", f"DATA={data}", f"VENV={VENV}"],
             cwd=ROOT,
@@ -57,12 +60,11 @@ class MakeRun:
     def wait_serving(self) -> str:
         """Wait until it says how to use the service; return its lines."""
         assert self.process.stdout is not None
-        output = ""
-        while "curl http" not in output:
+        while "curl http" not in self.output:
             line = self.process.stdout.readline()
-            assert line, output
-            output += line
-        return output
+            assert line, self.output
+            self.output += line
+        return self.output
 
     def send(self, number: int) -> None:
         """Send a signal to the whole process group, as a terminal does at Ctrl-C."""
@@ -107,6 +109,27 @@ def data(tmp_path: Path) -> Iterator[Path]:
         process.kill()
 
 
+@pytest.fixture
+def created(data: Path) -> Path:
+    """A DATA folder with a database in it."""
+    data.mkdir()
+    subprocess.run(["cp", "-Rp", template(), data / "data"], check=True)
+    return data
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeRun]:
+    """A `make run` that serves; tests may ask it, and no more."""
+    run = MakeRun(tmp_path_factory.mktemp("running") / "data")
+    try:
+        run.wait_serving()
+        yield run
+        run.stop()
+    finally:
+        for process in users_of(run.data):
+            process.kill()
+
+
 # --- It starts, and stops ---------------------------------------------------------------------------
 
 
@@ -122,24 +145,31 @@ def test_data_survives_a_restart_and_no_process_is_left(data: Path) -> None:
     second.stop()
 
 
-def test_service_listens_on_loopback_only(data: Path) -> None:
-    run = MakeRun(data)
-    assert f"hello serves on 127.0.0.1:{run.port}" in run.wait_serving()
+def test_service_listens_on_loopback_only(running: MakeRun) -> None:
+    assert f"hello serves on 127.0.0.1:{running.port}" in running.output
     listening = [c.laddr for c in psutil.net_connections("inet") if c.status == psutil.CONN_LISTEN]
-    assert [address.ip for address in listening if str(address.port) == run.port] == ["127.0.0.1"]
-    run.stop()
+    assert [address.ip for address in listening if str(address.port) == running.port] == ["127.0.0.1"]
 
 
 # --- Interruptions ----------------------------------------------------------------------------------
 
 
-def test_first_start_interrupted_at_any_moment_spoils_nothing(data: Path) -> None:
-    for tenths in range(1, 20):
+# What is in DATA at each step of the first start
+STEPS = ["lock", "data.new-*", "data.new-*/PG_VERSION", "data.new-*/base/1", "data.new-*/base/4", "data/server.log"]
+
+
+def has_reached(run: MakeRun, step: str) -> bool:
+    """Return whether a first start has reached a step or the last one; without a step, whether make runs a program."""
+    if not step:
+        return len(run.processes()) > 1
+    return any(run.data.glob(step)) or (run.data / "data" / "postmaster.pid").exists()
+
+
+def test_first_start_interrupted_at_any_step_spoils_nothing(data: Path) -> None:
+    for step in ["", *STEPS, "data/postmaster.pid"]:
         run = MakeRun(data)
-        time.sleep(tenths / 10)  # the moment, not a wait
+        wait_until(functools.partial(has_reached, run, step), 30)
         run.stop()
-        if (data / "data" / "server.log").exists():  # the database was created, and started
-            break
     run = MakeRun(data)
     run.wait_serving()
     assert run.ask("1990-05-17") == 204
@@ -148,8 +178,8 @@ def test_first_start_interrupted_at_any_moment_spoils_nothing(data: Path) -> Non
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])  # an impatient hand; `timeout 5 make run`
-def test_signals_while_it_stops_leave_no_process(data: Path, number: int) -> None:
-    run = MakeRun(data)
+def test_signals_while_it_stops_leave_no_process(created: Path, number: int) -> None:
+    run = MakeRun(created, HEAD_TIMEOUT="2")
     run.wait_serving()
     [supervisor] = [process for process in run.processes() if MODULE in process.cmdline()]
     with socket.create_connection(("127.0.0.1", int(run.port))) as client:
@@ -159,44 +189,40 @@ def test_signals_while_it_stops_leave_no_process(data: Path, number: int) -> Non
                 run.send(number)
             time.sleep(0.1)  # the moment, not a wait
         psutil.wait_procs([supervisor], 30)
-        assert [process for process in users_of(data) if process.pid != run.process.pid] == []
+        assert [process for process in users_of(created) if process.pid != run.process.pid] == []
 
 
-def test_next_start_ends_what_a_killed_one_left(data: Path) -> None:
-    killed = MakeRun(data)
+def test_next_start_ends_what_a_killed_one_left(created: Path) -> None:
+    killed = MakeRun(created)
     killed.wait_serving()
     assert killed.ask("1990-05-17") == 204
     for process in killed.processes():
         if MODULE in process.cmdline():
             process.kill()
     killed.process.wait(20)
-    left = users_of(data)
+    left = users_of(created)
     assert len(left) > 1
-    run = MakeRun(data, PORT=killed.port)
+    run = MakeRun(created, PORT=killed.port)
     run.wait_serving()
     assert run.ask() == 200
-    assert set(left) & set(users_of(data)) == set()
+    assert set(left) & set(users_of(created)) == set()
     run.stop()
 
 
-def test_next_start_does_not_end_a_process_that_has_the_id_of_one_that_ended(data: Path) -> None:
+def test_next_start_does_not_end_a_process_that_has_the_id_of_one_that_ended(created: Path) -> None:
     with subprocess.Popen(["sleep", "60"], start_new_session=True) as other:
-        data.mkdir()
-        (data / "lock").write_text(f"{other.pid} an-earlier-time {int(signal.SIGTERM)}\n")
-        run = MakeRun(data)
+        (created / "lock").write_text(f"{other.pid} an-earlier-time {int(signal.SIGTERM)}\n")
+        run = MakeRun(created)
         run.wait_serving()
         run.stop()
         assert other.poll() is None
         other.kill()
 
 
-def test_second_make_run_on_the_same_folder_says_so(data: Path) -> None:
-    first = MakeRun(data)
-    first.wait_serving()
-    second = MakeRun(data)
+def test_second_make_run_on_the_same_folder_says_so(running: MakeRun) -> None:
+    second = MakeRun(running.data)
     assert second.process.communicate(timeout=20)[0].startswith("Another `make run` (process ")
-    assert first.ask("1990-05-17") == 204
-    first.stop()
+    assert running.ask("1990-05-17") == 204
 
 
 # --- What cannot work says so in one line -----------------------------------------------------------

@@ -5,10 +5,11 @@ if [ "$COVERAGE" = yes ]; then
   rm -f .coverage .coverage.*
   tests="$VENV/bin/coverage run -m pytest -rs"
 fi
-$tests -n "$JOBS" --dist loadfile -m 'not serial' "$@"
+$tests -n "$JOBS" --dist loadfile --no-loadscope-reorder -m 'not serial' "$@"
 parallel=$?
 if [ $parallel = 2 ]; then exit 2; fi # interrupted
-$tests -m serial "$@"
+# Without files in the arguments, only those that have such tests are imported.
+$tests -m serial -o testpaths="$(grep -rl '^@pytest.mark.serial' tests)" "$@"
 serial=$?
 if [ "$COVERAGE" = yes ]; then
   "$VENV/bin/coverage" combine --quiet && "$VENV/bin/coverage" report
