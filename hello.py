@@ -66,8 +66,8 @@ STATEMENT_TIMEOUT = setting(float, "STATEMENT_TIMEOUT", "1", "s", 0.001, "time t
 DATABASE_TIMEOUT = setting(float, "DATABASE_TIMEOUT", "3", "s", 0.001, "time for connecting and a statement together")
 INIT_TIMEOUT = setting(float, "INIT_TIMEOUT", "60", "s", 0.001, "time that init-db waits for the database")
 MAX_CONTENT_BYTES = 4096
-MAX_USERNAME_LETTERS = 255
-MAX_USERNAME_BYTES = 2500  # an index entry of Postgres holds at most 2,704
+MAX_NAME_LETTERS = 255
+MAX_NAME_BYTES = 2500  # an index entry of Postgres holds at most 2,704
 EXAMPLE = '{"dateOfBirth": "YYYY-MM-DD"}'
 encode_json = json.JSONEncoder(ensure_ascii=False).encode
 OPENAPI = Path(__file__).with_name("openapi.yaml").read_bytes()
@@ -141,10 +141,8 @@ def parse_username(text: str) -> str:
     kinds = "".join([unicodedata.category(character)[0] for character in name])
     if kinds[:1] != "L" or set(kinds) - {"L", "M"}:
         raise HTTPError(400, "The username must be one or more letters and nothing else.")
-    if kinds.count("L") > MAX_USERNAME_LETTERS or len(name.encode()) > MAX_USERNAME_BYTES:
-        raise HTTPError(
-            400, f"The username must be at most {MAX_USERNAME_LETTERS} letters and {MAX_USERNAME_BYTES:,} bytes long."
-        )
+    if kinds.count("L") > MAX_NAME_LETTERS or len(name.encode()) > MAX_NAME_BYTES:
+        raise HTTPError(400, f"The username must be at most {MAX_NAME_LETTERS} letters and {MAX_NAME_BYTES:,} bytes.")
     return name
 
 
@@ -336,12 +334,11 @@ def usable(connection: Connection | None, until: float, *, writes: bool) -> Conn
     """Return the connection, or a new one if its server has closed it or another server takes the writes now."""
     if connection and connection.server != Connection.writer and connection.opened < Connection.writer_since:
         connection.leave()
-    if connection and not connection.closed:
-        poller = select.poll()
-        poller.register(connection, select.POLLIN)
-        if not poller.poll(0):
+    if connection:
+        with suppress(psycopg2.Error):  # of a closed connection
+            connection.poll()  # the server may have sent why it closes the connection
+            connection.poll()  # the end of what it sent is an error
             return connection
-        connection.close()
     connection = connect(until)
     if writes and connection.waiting_commits:
         connection.leave()
@@ -421,9 +418,12 @@ class Batcher:
             deadline = monotonic() + DATABASE_TIMEOUT
             try:
                 connection, batch.results[:] = self.run(connection, batch.rows, deadline)
+                if self.waiting and ConnectionResetError not in map(type, batch.results):
+                    batch.done.set()
+                    sleep(1e-6)  # the next requests of these clients can share the next statement
             finally:
                 self.idle.put(connection)
-            if any(isinstance(result, ConnectionResetError) for result in batch.results):
+            if ConnectionResetError in map(type, batch.results):
                 sleep(max(0, deadline - monotonic()))  # then Postgres refuses the write: a 503 is final
         except Empty:
             pass
