@@ -31,6 +31,7 @@ from server import settings
 from server.listener import Listener
 from server.parser import ProtocolError, RequestParser, bad_content
 
+READ = 1  # the event of gevent's watchers
 RECEIVE_BYTES = 8192
 DRAIN_SECONDS = 1  # a connection that is being closed is read for this long
 STOPPING_IDLE_SECONDS = 1  # a stopping worker keeps idle connections for this long
@@ -92,6 +93,7 @@ class Connection:
     def __init__(self, worker: "Worker", client: Any) -> None:
         self.worker = worker
         self.socket = client
+        self.readable = gevent.get_hub().loop.io(client.fileno(), READ)
         self.parser = RequestParser(worker.common_environ(client.getsockname()))
         self.phase = IDLE
         self.deadline = monotonic() + settings.KEEPALIVE_TIMEOUT  # of the phase; APPLICATION has none
@@ -109,6 +111,7 @@ class Connection:
         except OSError:
             pass  # the client went away
         finally:
+            self.readable.close()
             self.socket.close()
 
     def serve_requests(self) -> None:
@@ -133,6 +136,7 @@ class Connection:
         """Return the next bytes of the client; none at the end of its data, or after the deadline."""
         self.start_waiting()
         data = b""
+        gevent.get_hub().wait(self.readable)  # recv alone would mostly fail once before it waits
         try:
             data = self.socket.recv(RECEIVE_BYTES)
         except OSError:
