@@ -19,7 +19,7 @@ from tests.support.monitored import MonitoredService
 from tests.support.network import exchange
 from tests.support.postgres import Database
 from tests.support.service import SHORT_TIMEOUTS
-from tests.support.wait import wait_until
+from tests.support.wait import in_thread, wait_until
 
 HELLO = hello.USER_ROUTE
 TRACE_ID, PARENT_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -89,15 +89,15 @@ def test_metrics_while_workers_are_killed_under_load_lose_no_answer(service: Mon
             except OSError as error:
                 failures.append(error)
 
-    threads = [threading.Thread(target=client) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for count in (20, 40, 60):
-        wait_until(partial(has_answers, service, count))
-        kill_a_worker(service)
-    done.set()
-    for thread in threads:
-        thread.join()
+    clients = [in_thread(client) for _ in range(4)]
+    try:
+        for count in (20, 40, 60):
+            wait_until(partial(has_answers, service, count))
+            kill_a_worker(service)
+    finally:
+        done.set()
+    for future in clients:
+        future.result(30)
     answered = service.answered["GET", HELLO, "404"]
     # A worker may die between counting and answering.
     assert answered <= service.requests()["GET", HELLO, "404"] <= answered + len(failures)

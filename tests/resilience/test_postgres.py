@@ -68,6 +68,7 @@ def test_postgres_suspended_is_503_in_time_and_livez_stays_fast_with_the_default
                 answer = default_service.ask("GET", "/livez")
                 assert answer.status == 200
                 alive.append(answer.seconds)
+                time.sleep(0.01)  # a closed loop would take the CPU from the load
         resumed = time.monotonic()
         load.wait_for_answers(200)
     report(
@@ -122,6 +123,7 @@ def test_silent_name_server_is_503_in_time_and_livez_stays_fast(
         alive = []
         while not all(put.done() for put in puts):
             alive.append(service.ask("GET", "/livez").seconds)
+            time.sleep(0.01)
     assert server.recv(512)  # it was asked
     assert {put.result().status for put in puts} == {503}
     assert max(put.result().seconds for put in puts) < IN_TIME

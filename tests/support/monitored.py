@@ -45,13 +45,15 @@ class MonitoredService(Service):
     ) -> None:
         self.metrics_port = free_port()
         self.answered: Counter[tuple[str, str, str]] = Counter()  # by method, route and status
+        self.lock = threading.Lock()  # `+=` of two threads could lose one
         own = {"METRICS_PORT": str(self.metrics_port), "WEB_CONCURRENCY": "3"}
         super().__init__(folder, environment, prefix=prefix, **{**own, **settings})
 
     def ask(self, method: str, path: str, content: bytes | None = None, *headers: str) -> Response:
         """Ask on a connection of its own, and count the answer."""
         response = super().ask(method, path, content, *headers)
-        self.answered[method, route_of(path), str(response.status)] += 1
+        with self.lock:
+            self.answered[method, route_of(path), str(response.status)] += 1
         return response
 
     def ask_for_metrics(self, method: str = "GET", path: str = "/metrics") -> Response:

@@ -22,6 +22,7 @@ from tools.embedded_postgres import Postgres
 
 ROOT = Path(__file__).parents[2]
 PASSWORD = "Sesame-password"  # of the service's role
+COUNT_CONNECTIONS = "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s"
 
 
 def temporary_folder() -> Path:
@@ -112,7 +113,7 @@ class Database(Postgres):
 
     def connections(self, name: str) -> int:
         """Count the connections with an application name."""
-        return int(self.query("SELECT count(*) FROM pg_stat_activity WHERE application_name = %s", name)[0][0])
+        return int(self.query(COUNT_CONNECTIONS, name)[0][0])
 
     @contextlib.contextmanager
     def connection_counts(self, name: str) -> Iterator[list[int]]:
@@ -120,10 +121,17 @@ class Database(Postgres):
         counts: list[int] = []
         done = threading.Event()
 
+        def count_on_one_connection() -> None:
+            """Count until the connection is lost; each new one would be a process."""
+            with contextlib.closing(self.connect()) as connection, connection.cursor() as cursor:
+                while not done.wait(0.02):
+                    cursor.execute(COUNT_CONNECTIONS, [name])
+                    counts.append(cursor.fetchone()[0])
+
         def count() -> None:
             while not done.wait(0.02):
                 with contextlib.suppress(psycopg2.Error):
-                    counts.append(self.connections(name))
+                    count_on_one_connection()
 
         thread = threading.Thread(target=count)
         thread.start()

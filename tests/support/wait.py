@@ -11,10 +11,11 @@ T = TypeVar("T")
 
 def wait_until(condition: Callable[[], T], seconds: float = 10) -> T:
     """Return a condition's first true value; fail after some seconds."""
-    deadline = time.monotonic() + seconds
+    start = time.monotonic()
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds} s; the last value was {value!r}"
-        time.sleep(0.01)
+        waited = time.monotonic() - start
+        assert waited < seconds, f"not within {seconds} s; the last value was {value!r}"
+        time.sleep(min(0.01 + waited / 50, 0.03))  # a condition may cost a query or a look at every process
     return value
 
 
