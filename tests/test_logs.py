@@ -246,6 +246,8 @@ def test_a_graceful_stop_writes_the_line_of_every_answer(service: MonitoredServi
     service.process.terminate()
     service.process.wait(20)
     assert len(service.lines()) == sum(client.result(30) for client in clients)
+    assert len(service.lines("Worker exiting")) == 3  # each process's last line
+    assert len(service.lines("Shutting down: Master")) == 1
 
 
 def test_lines_are_joined_to_pieces_that_a_pipe_takes_whole() -> None:
