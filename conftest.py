@@ -20,6 +20,7 @@ LONGEST = [
     "tests/resilience/test_hosts.py",
     "tests/resilience/test_postgres.py",
     "tests/test_logs.py",
+    "tests/test_telemetry.py",
     "tests/test_environment.py",
     "tests/test_server.py",
     "tests/resilience/test_processes.py",

@@ -230,6 +230,6 @@ def test_client_that_sends_without_end_does_not_stop_the_others_of_its_worker(
         done.set()
         sent, was_closed = sending.result(20)
     report(f"{sent / 1e6:.0f} MB sent; 100 requests of another meanwhile, slowest {slowest * 1000:.0f} ms")
-    assert slowest < 2
+    assert slowest < 5  # one that starves waits for its timeout, which is 20 s
     assert growth < 40  # MB
     assert was_closed == is_closed
