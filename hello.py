@@ -277,9 +277,10 @@ class Connection(extensions.connection):
             raise
 
     def leave(self) -> None:
-        """Close the connection, and begin the next attempt with the next server."""
+        """Close the connection, and begin the next attempt with the server after it."""
+        hosts, host = extensions.parse_dsn(self.dsn).get("host", "").split(","), self.info.host
         self.close()
-        Connection.offset = max(Connection.offset, self.offset + 1)
+        Connection.offset = max(Connection.offset, self.offset + 1 + [*hosts, host].index(host))
 
 
 def wait(connection: extensions.connection) -> None:
@@ -410,23 +411,22 @@ class Batcher:
     def lead(self, batch: Batch) -> None:
         """Run a batch's statement with the next idle connection, if one becomes idle in time."""
         try:
-            try:
-                connection = self.idle.get(timeout=QUEUE_TIMEOUT)
-            finally:
-                with self.lock:
-                    self.waiting.remove(batch)
-            deadline = monotonic() + DATABASE_TIMEOUT
-            try:
-                connection, batch.results[:] = self.run(connection, batch.rows, deadline)
-                if self.waiting and ConnectionResetError not in map(type, batch.results):
-                    batch.done.set()
-                    sleep(1e-6)  # the next requests of these clients can share the next statement
-            finally:
-                self.idle.put(connection)
-            if ConnectionResetError in map(type, batch.results):
-                sleep(max(0, deadline - monotonic()))  # then Postgres refuses the write: a 503 is final
-        except Empty:
-            pass
+            with suppress(Empty):
+                try:
+                    connection = self.idle.get(timeout=QUEUE_TIMEOUT)
+                finally:
+                    with self.lock:
+                        self.waiting.remove(batch)
+                deadline = monotonic() + DATABASE_TIMEOUT
+                try:
+                    connection, batch.results[:] = self.run(connection, batch.rows, deadline)
+                    if self.waiting and ConnectionResetError not in map(type, batch.results):
+                        batch.done.set()
+                        sleep(1e-6)  # the next requests of these clients can share the next statement
+                finally:
+                    self.idle.put(connection)
+                if ConnectionResetError in map(type, batch.results):
+                    sleep(max(0, deadline - monotonic()))  # then Postgres refuses the write: a 503 is final
         finally:  # also if the WSGI server kills this request
             batch.done.set()
 

@@ -126,3 +126,15 @@ def test_name_in_pghost_beside_a_service_file_does_not_block_the_process(
     with closing(hello.connect(0)) as connection:
         assert (connection.info.host, connection.info.user) == (LOOPBACK, "postgres")
     assert time.monotonic() - start < hello.CONNECT_TIMEOUT
+
+
+def test_next_attempt_begins_after_the_host_that_did_not_answer(
+    table: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hello, "CONNECT_TIMEOUT", 0.3)
+    with silent_port() as port:  # libpq goes on to it because the first host refuses
+        set_hosts(monkeypatch, "127.0.0.2,127.0.0.1,localhost", free_port(), port, table.port)
+        with pytest.raises(TimeoutError):
+            hello.connect(0)
+        with closing(hello.connect(0)) as connection:
+            assert connection.info.host == "localhost"
