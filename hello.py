@@ -465,7 +465,7 @@ def init_db() -> None:
             connection.deadline = deadline
             return connection.cursor().execute(schema)
         except (psycopg2.Error, TimeoutError) as error:
-            where = " ".join(f"{name}={os.environ.get(name, '')}" for name in ("PGHOST", "PGPORT", "PGDATABASE"))
+            where = " ".join(f"{name}={os.getenv(name) or 'default'}" for name in ("PGHOST", "PGPORT", "PGDATABASE"))
             printed, reason = reason, f"{str(error).splitlines()[0]} ({where})"  # the other lines may quote rows
         if monotonic() + 1 > deadline:
             sys.exit(f"init-db: {reason}")
