@@ -145,7 +145,8 @@ class Documented:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.port, self.metrics_port = folder, str(free_port()), str(free_port())
-        self.environment = os.environ | {"PORT": self.port, "METRICS_PORT": self.metrics_port}
+        others = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
+        self.environment = others | {"PORT": self.port, "METRICS_PORT": self.metrics_port}
         gunicorn = [f"{sys.prefix}/bin/gunicorn", "hello:application"]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tools.serve", folder / "data", *gunicorn],
@@ -264,7 +265,7 @@ def test_data_is_copied_to_the_cluster_as_the_page_says(server: Database, tmp_pa
         subprocess.run(
             ["bash", "-eo", "pipefail", "-c", command], check=True, env=os.environ | server.environment | {"PATH": path}
         )
-        with psycopg2.connect(host=target.sockets_folder, user="hello", dbname="hello") as copied:
+        with psycopg2.connect(host=target.sockets_folder, port=target.port, user="hello", dbname="hello") as copied:
             cursor = copied.cursor()
             cursor.execute("SELECT username, date_of_birth FROM users")
             assert cursor.fetchall() == [("Zoe", date(1990, 5, 17))]
