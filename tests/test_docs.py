@@ -172,6 +172,16 @@ class Documented:
         self.process.wait(30)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_database_of_other_files() -> Iterator[None]:
+    """Hide the Postgres that tests of other files in this process may have started."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith("PG"):
+                patch.delenv(name)
+        yield
+
+
 @pytest.fixture(scope="module")
 def service() -> Iterator[Documented]:
     """Start the service with a Postgres of its own, whose user must be allowed to reach its folder."""

@@ -69,10 +69,9 @@ class Service:
     def is_up(self) -> bool:
         """Return whether every worker runs and the service answers."""
         assert self.process.poll() is None, f"gunicorn ended with {self.process.returncode}"
-        if len(self.workers()) != int(self.environment.get("WEB_CONCURRENCY") or 2):
-            return False
         with contextlib.suppress(OSError):
-            return self.ask("GET", "/livez").status == 200
+            answers = self.ask("GET", "/livez").status == 200
+            return answers and len(self.workers()) == int(self.environment.get("WEB_CONCURRENCY") or 2)
         return False
 
     def __exit__(self, *error: object) -> None:
