@@ -51,12 +51,23 @@ class Contestant:
 
 
 class Service(Contestant):
-    """A service: a command, whose programs are those of the virtual environment, with settings in the environment."""
+    """A service: a command, whose programs are those of the virtual environment, with settings in the environment.
+
+    Args:
+        folder: where it runs, and where Python finds its modules.
+    """
 
     def __init__(
-        self, name: str, label: str, command: str, settings: Mapping[str, str] | None = None, database: str = "million"
+        self,
+        name: str,
+        label: str,
+        command: str,
+        settings: Mapping[str, str] | None = None,
+        database: str = "million",
+        folder: Path = ROOT,
     ) -> None:
         super().__init__(name, label, database)
+        self.folder = folder
         self.command, self.settings = command, dict(settings or {})
         self.port = 0
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -65,13 +76,13 @@ class Service(Contestant):
     def start(self) -> None:
         """Start the service and a reader of its log lines; wait for the first 200."""
         self.port = next(ports)
-        settings = {"PORT": str(self.port), "METRICS_PORT": str(self.port + 200), "PYTHONPATH": str(ROOT)}
+        settings = {"PORT": str(self.port), "METRICS_PORT": str(self.port + 200), "PYTHONPATH": str(self.folder)}
         settings |= {"THREADS": "8", "CONNECTIONS": "8", "PGDATABASE": self.database} | self.settings
         words = [word.replace("PORT", str(self.port)) for word in self.command.split()]
         command = [str(BIN / words[0]), *words[1:]]
         began = time.monotonic()
         service = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | settings, stdout=subprocess.PIPE, start_new_session=True
+            command, cwd=self.folder, env=os.environ | settings, stdout=subprocess.PIPE, start_new_session=True
         )
         # Log lines go through a pipe to a reader, as with a container.
         reader = subprocess.Popen(["cat"], stdin=service.stdout, stdout=subprocess.DEVNULL)

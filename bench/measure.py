@@ -3,9 +3,10 @@
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
-from bench.contestants import CONTESTANTS, Contestant, Pgbench, available, hello_service, running
+from bench.contestants import CONTESTANTS, Contestant, Pgbench, Service, available, hello_service, running
 from bench.database import USERS, create_database, psql
 from bench.load import CLIENTS, METHODS, Load, Samples
 
@@ -62,9 +63,12 @@ def run_rounds(contestants: Sequence[Contestant], cases: Iterable[Case], rounds:
     return results
 
 
-def compare(names: Sequence[str], rounds: int, seconds: int) -> Measurements:
-    """Measure some contestants with 32 clients."""
+def compare(names: Sequence[str], rounds: int, seconds: int, against: Path | None = None) -> Measurements:
+    """Measure some contestants with 32 clients, and the hello of another checkout."""
     contestants = available([contestant for contestant in CONTESTANTS if contestant.name in names])
+    if against:
+        label = f"hello in `{against}`"
+        contestants.append(Service("hello-against", label, "gunicorn hello:application", folder=against.resolve()))
     with running(contestants):
         cases = [Case(contestant.name, method) for method in METHODS for contestant in contestants]
         results = run_rounds(contestants, cases, rounds, seconds)

@@ -24,6 +24,7 @@ def parse_arguments() -> argparse.Namespace:
     names = [contestant.name for contestant in CONTESTANTS]
     parser = argparse.ArgumentParser(prog="make bench ARGS=...", description="Measure hello beside its alternatives.")
     parser.add_argument("--only", default="", help=f"compare only these, and write no files: {','.join(names)}")
+    parser.add_argument("--against", type=Path, help="with --only: compare also with the hello of this checkout")
     parser.add_argument(
         "--growth", action="store_true", help="measure with 10 thousand, 1 million and 10 million users"
     )
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
         return lines
     create_database("million", USERS)
     if arguments.only:
-        return comparison(compare(arguments.only, arguments.rounds, arguments.seconds))
+        return comparison(compare(arguments.only, arguments.rounds, arguments.seconds, arguments.against))
     measured = measure(arguments.rounds, arguments.seconds)
     lines = report(measured)
     (HERE / "results.md").write_text("\n".join(lines) + "\n")

@@ -43,7 +43,8 @@ class MakeRun:
         self.data = data
         self.output = ""
         self.process = subprocess.Popen(
-            ["make", "run", f"DATA={data}", f"VENV={VENV}"],
+            # A shell starts background jobs with SIGINT ignored, and programs inherit that.
+            ["env", "--default-signal=INT", "make", "run", f"DATA={data}", f"VENV={VENV}"],
             cwd=ROOT,
             env=clean,
             stdout=subprocess.PIPE,
