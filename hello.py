@@ -44,7 +44,7 @@ SETTINGS: dict[str, Setting] = {}
 
 
 def setting(kind: Callable[[str], Any], name: str, *declaration: Any) -> Any:
-    """Declare a setting and return its value; exit with a one-line message if the value is invalid."""
+    """Declare a setting (its name, then Setting's fields); return its value, or exit with one line if it is invalid."""
     default, _, minimum, meaning, maximum = SETTINGS[name] = Setting(*declaration)
     text = os.environ.get(name) or default
     with suppress(ValueError, KeyError, OSError):  # the last two are ZoneInfo's
@@ -261,7 +261,7 @@ class Connection(extensions.connection):
     """A connection that waits for Postgres until its `deadline` (monotonic seconds) and no longer."""
 
     offset = 0  # with which server of PGHOST the next attempt to connect begins
-    writer, writer_since = "", 0.0  # which server committed the last write; connections to others must be newer
+    writer, writer_since = "", 0.0  # the server of the last write; connections to others must be opened after this
 
     def __init__(self, deadline: float, dsn: str, **arguments: Any) -> None:
         self.offset, self.deadline, self.opened = Connection.offset, deadline, monotonic()
@@ -269,7 +269,7 @@ class Connection(extensions.connection):
             super().__init__(dsn, **arguments)
             self.autocommit = True
             with self.cursor() as cursor:
-                cursor.execute(ON_CONNECT, (DATABASE_TIMEOUT / 2,))  # connecting may take the other half
+                cursor.execute(ON_CONNECT, (DATABASE_TIMEOUT / 2,))  # a commit that was given up has waited that long
                 ((server_time, self.server, self.waiting_commits),) = cursor.fetchall()
             self.clock_offset = server_time - monotonic()  # from our monotonic time to the server's time
         except BaseException:
@@ -284,7 +284,7 @@ class Connection(extensions.connection):
 
 
 def wait(connection: extensions.connection) -> None:
-    """Wait until libpq can go on, where it would block; raise TimeoutError at the connection's deadline."""
+    """Wait, where libpq would block, until it can go on; raise TimeoutError at the connection's deadline."""
     start, deadline = monotonic(), getattr(connection, "deadline", monotonic() + 3600)
     while (state := connection.poll()) != extensions.POLL_OK:
         if state not in {extensions.POLL_READ, extensions.POLL_WRITE}:
@@ -296,7 +296,7 @@ def wait(connection: extensions.connection) -> None:
 
 
 def servers(deadline: float) -> dict[str, str]:
-    """Return libpq's host, hostaddr and port; its own lookup of names would block the process."""
+    """Return host, hostaddr and port for libpq, whose own lookup of names would block the process."""
     hosts, ports = (os.environ.get(name, "").split(",") for name in ("PGHOST", "PGPORT"))
     names = {host for host in hosts if host[:1] not in {"", "/", "@"}}  # the others are sockets
     for name in names:
@@ -304,7 +304,7 @@ def servers(deadline: float) -> dict[str, str]:
             lookups[name] = resolver.submit(socket.getaddrinfo, name, None, type=socket.SOCK_STREAM)
     started = {name: lookups[name] for name in names}
     found: list[tuple[str, str, str]] = []
-    for moment in ((monotonic() + deadline) / 2, deadline):  # half of the time, and all of it if no host was found
+    for moment in ((monotonic() + deadline) / 2, deadline):  # go on at half-time with what is found
         futures.wait(started.values(), 0 if found else moment - monotonic())
         known = {name: lookup.result() for name, lookup in started.items() if lookup.done() and not lookup.exception()}
         addresses = {name: list(dict.fromkeys(str(entry[4][0]) for entry in known[name])) for name in known}
@@ -319,7 +319,7 @@ def servers(deadline: float) -> dict[str, str]:
 
 def connect(until: float) -> Connection:
     """Open a connection with libpq's settings; if a server is silent, try the next one if it can answer by `until`."""
-    deadline = monotonic() + CONNECT_TIMEOUT
+    deadline = min(monotonic() + CONNECT_TIMEOUT, until)
     options: dict[str, Any] = servers(deadline) if os.environ.get("PGHOST") and not os.environ.get("PGHOSTADDR") else {}
     options |= {"fallback_application_name": "hello", "client_encoding": "UTF8"}
     options["tcp_user_timeout"] = round(CONNECT_TIMEOUT * 1000)
@@ -336,7 +336,7 @@ def usable(connection: Connection | None, until: float, *, writes: bool) -> Conn
     if connection and connection.server != Connection.writer and connection.opened < Connection.writer_since:
         connection.leave()
     if connection:
-        with suppress(psycopg2.Error):  # of a closed connection
+        with suppress(psycopg2.Error):  # it was closed, here or by the server
             connection.poll()  # the server may have sent why it closes the connection
             connection.poll()  # the end of what it sent is an error
             return connection
@@ -362,12 +362,12 @@ def save(cursor: Any, rows: list[tuple[str, date]]) -> list[None]:
     parameters = (round(STATEMENT_TIMEOUT * 1000), *unique, connection.deadline + connection.clock_offset)
     try:
         cursor.execute(statement, parameters)
-        if not connection.notices:
+        if not connection.notices:  # the one that can come is the commit's: no standby has confirmed it
             since = monotonic() - (DATABASE_TIMEOUT if connection.server == Connection.writer else 0)
             Connection.writer, Connection.writer_since = connection.server, max(since, Connection.writer_since)
             return [None] * len(rows)
     except psycopg2.Error as error:
-        if (error.pgcode or "08").startswith("08"):  # a connection exception, PgBouncer's included
+        if (error.pgcode or "08").startswith("08"):  # none from libpq, 08 from PgBouncer
             raise ConnectionResetError("the connection was lost") from None
         if not isinstance(error, errors.DivisionByZero):
             raise
@@ -426,7 +426,7 @@ class Batcher:
                 finally:
                     self.idle.put(connection)
                 if ConnectionResetError in map(type, batch.results):
-                    sleep(max(0, deadline - monotonic()))  # then Postgres refuses the write: a 503 is final
+                    sleep(max(0, deadline - monotonic()))  # from then on Postgres refuses the write: a 503 is final
         finally:  # also if the WSGI server kills this request
             batch.done.set()
 
@@ -461,7 +461,7 @@ def init_db() -> None:
     schema, deadline, reason = Path(__file__).with_name("schema.sql").read_text(), monotonic() + INIT_TIMEOUT, ""
     while True:
         try:
-            connection = connect(monotonic())
+            connection = connect(monotonic() + CONNECT_TIMEOUT)  # one attempt
             connection.deadline = deadline
             return connection.cursor().execute(schema)
         except (psycopg2.Error, TimeoutError) as error:

@@ -134,7 +134,7 @@ def test_puts_of_one_user_in_one_batch_store_the_last(app: TestApp, table: Datab
 
 def test_batches_in_two_orders_do_not_deadlock(table: Database) -> None:
     rows = [(chr(0x4E00 + number), date(1990, 5, 17)) for number in range(500)]  # so many that the statements overlap
-    connections = [hello.connect(0) for _ in range(2)]
+    connections = [hello.connect(time.monotonic() + 5) for _ in range(2)]
 
     def save_again_and_again(connection: hello.Connection, batch: list[tuple[str, date]]) -> None:
         for _ in range(20):

@@ -43,12 +43,16 @@ def set_hosts(monkeypatch: pytest.MonkeyPatch, hosts: str, *ports: int) -> None:
     monkeypatch.setenv("PGPORT", ",".join(map(str, ports)))
 
 
+def connect_once() -> hello.Connection:
+    return hello.connect(time.monotonic() + hello.CONNECT_TIMEOUT)
+
+
 @pytest.mark.parametrize(
     "hosts", ["localhost", "127.0.0.1,localhost", "no-such-host.invalid,localhost", "::1,127.0.0.1", "db..x,127.0.0.1"]
 )
 def test_host_that_can_be_reached_is_used(table: Database, monkeypatch: pytest.MonkeyPatch, hosts: str) -> None:
     set_hosts(monkeypatch, hosts, table.port)
-    with closing(hello.connect(0)) as connection:
+    with closing(connect_once()) as connection:
         assert connection.info.host in hosts.split(",")
 
 
@@ -56,7 +60,7 @@ def test_host_that_can_be_reached_is_used(table: Database, monkeypatch: pytest.M
 def test_host_without_an_address_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch, hosts: str) -> None:
     monkeypatch.setenv("PGHOST", hosts)
     with pytest.raises(psycopg2.OperationalError, match="has no address"):
-        hello.connect(0)
+        connect_once()
 
 
 @pytest.mark.usefixtures("slow_names")
@@ -66,7 +70,7 @@ def test_host_that_no_name_server_answers_for_leaves_time_for_the_next(
     set_hosts(monkeypatch, "one.slow,two.slow,127.0.0.1", table.port)
     for _ in range(5):
         start = time.monotonic()
-        with closing(hello.connect(0)) as connection:
+        with closing(connect_once()) as connection:
             assert connection.info.host == LOOPBACK
         assert time.monotonic() - start < hello.CONNECT_TIMEOUT
 
@@ -78,7 +82,7 @@ def test_only_host_that_no_name_server_answers_for_takes_no_longer_than_connect_
     monkeypatch.setenv("PGHOST", "one.slow")
     start = time.monotonic()
     with pytest.raises(psycopg2.OperationalError):
-        hello.connect(0)
+        connect_once()
     assert time.monotonic() - start < 2 * hello.CONNECT_TIMEOUT
 
 
@@ -88,14 +92,14 @@ def test_name_is_looked_up_once_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("PGHOST", "one.slow")
     for _ in range(3):
         with pytest.raises(psycopg2.OperationalError):
-            hello.connect(0)
+            connect_once()
     assert list(hello.lookups) == ["one.slow"]
     assert not hello.lookups["one.slow"].done()
 
 
 def test_host_that_refuses_is_passed_over_at_once(table: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     set_hosts(monkeypatch, "127.0.0.1,127.0.0.1", free_port(), table.port)
-    with closing(hello.connect(0)) as connection:
+    with closing(connect_once()) as connection:
         assert connection.info.port == table.port
 
 
@@ -105,11 +109,11 @@ def test_host_that_does_not_answer_is_passed_over_by_the_next_attempt(
     monkeypatch.setattr(hello, "CONNECT_TIMEOUT", 0.3)
     with silent_port() as port:
         set_hosts(monkeypatch, "127.0.0.1,127.0.0.1", port, table.port)
-        attempts = [in_thread(hello.connect, 0) for _ in range(2)]  # both begin with the first host
+        attempts = [in_thread(connect_once) for _ in range(2)]  # both begin with the first host
         for attempt in attempts:
             with pytest.raises(TimeoutError, match=r"no answer within 0\.\d s"):
                 attempt.result(10)
-        with closing(hello.connect(0)) as connection:
+        with closing(connect_once()) as connection:
             assert connection.info.port == table.port
 
 
@@ -123,7 +127,7 @@ def test_name_in_pghost_beside_a_service_file_does_not_block_the_process(
     monkeypatch.delenv("PGUSER")
     set_hosts(monkeypatch, "one.slow,127.0.0.1", table.port)
     start = time.monotonic()
-    with closing(hello.connect(0)) as connection:
+    with closing(connect_once()) as connection:
         assert (connection.info.host, connection.info.user) == (LOOPBACK, "postgres")
     assert time.monotonic() - start < hello.CONNECT_TIMEOUT
 
@@ -135,6 +139,17 @@ def test_next_attempt_begins_after_the_host_that_did_not_answer(
     with silent_port() as port:  # libpq goes on to it because the first host refuses
         set_hosts(monkeypatch, "127.0.0.2,127.0.0.1,localhost", free_port(), port, table.port)
         with pytest.raises(TimeoutError):
-            hello.connect(0)
-        with closing(hello.connect(0)) as connection:
+            connect_once()
+        with closing(connect_once()) as connection:
             assert connection.info.host == "localhost"
+
+
+def test_host_that_does_not_answer_takes_no_longer_than_database_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hello, "CONNECT_TIMEOUT", 10)
+    monkeypatch.setattr(hello, "DATABASE_TIMEOUT", 0.5)
+    with silent_port() as port:
+        set_hosts(monkeypatch, "127.0.0.1", port)
+        start = time.monotonic()
+        with pytest.raises(hello.HTTPError):
+            hello.Batcher(hello.find)("Zoe")
+    assert time.monotonic() - start < 5
