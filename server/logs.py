@@ -67,7 +67,7 @@ RequestEntry = tuple[str, float, float, int, str, str]
 
 
 def request_line(entry: RequestEntry) -> str:
-    """Return the log line of a request."""
+    """Return the log line of a request; the fields of the entry must not need escaping in JSON."""
     template, moment, seconds, size, request_id, trace_id = entry
     if IS_TEXT:
         trace, duration = f" trace {trace_id}" if trace_id else "", seconds * 1000
