@@ -66,8 +66,7 @@ STATEMENT_TIMEOUT = setting(float, "STATEMENT_TIMEOUT", "1", "s", 0.001, "time t
 DATABASE_TIMEOUT = setting(float, "DATABASE_TIMEOUT", "3", "s", 0.001, "time for connecting and a statement together")
 INIT_TIMEOUT = setting(float, "INIT_TIMEOUT", "60", "s", 0.001, "time that init-db waits for the database")
 MAX_CONTENT_BYTES = 4096
-MAX_NAME_LETTERS = 255
-MAX_NAME_BYTES = 2500  # an index entry of Postgres holds at most 2,704
+MAX_NAME_LETTERS, MAX_NAME_BYTES = 255, 2500  # an index entry of Postgres holds at most 2,704 bytes
 EXAMPLE = '{"dateOfBirth": "YYYY-MM-DD"}'
 encode_json = json.JSONEncoder(ensure_ascii=False).encode
 OPENAPI = Path(__file__).with_name("openapi.yaml").read_bytes()
@@ -271,6 +270,7 @@ class Connection(extensions.connection):
             with self.cursor() as cursor:
                 cursor.execute(ON_CONNECT, (DATABASE_TIMEOUT / 2,))  # a commit that was given up has waited that long
                 ((server_time, self.server, self.waiting_commits),) = cursor.fetchall()
+            self.host = self.info.host  # which a closed connection does not know
             self.clock_offset = server_time - monotonic()  # from our monotonic time to the server's time
         except BaseException:
             self.leave()  # now, because the server could still complete the connection
@@ -278,7 +278,8 @@ class Connection(extensions.connection):
 
     def leave(self) -> None:
         """Close the connection, and begin the next attempt with the server after it."""
-        hosts, host = extensions.parse_dsn(self.dsn).get("host", "").split(","), self.info.host
+        hosts = extensions.parse_dsn(self.dsn).get("host", "").split(",")
+        host = getattr(self, "host", self.info.host)  # of an attempt to connect: which libpq has come to
         self.close()
         Connection.offset = max(Connection.offset, self.offset + 1 + [*hosts, host].index(host))
 
@@ -358,10 +359,9 @@ def save(cursor: Any, rows: list[tuple[str, date]]) -> list[None]:
     """Save pairs of a username and a date of birth, of each username the last; sorted, so that no batches deadlock."""
     connection, unique = cursor.connection, sorted(dict(rows).items())
     connection.notices.clear()
-    statement = SAVE_DATES_OF_BIRTH.format(rows=", ".join(["%s"] * len(unique)))
     parameters = (round(STATEMENT_TIMEOUT * 1000), *unique, connection.deadline + connection.clock_offset)
     try:
-        cursor.execute(statement, parameters)
+        cursor.execute(SAVE_DATES_OF_BIRTH.format(rows=", ".join(["%s"] * len(unique))), parameters)
         if not connection.notices:  # the one that can come is the commit's: no standby has confirmed it
             since = monotonic() - (DATABASE_TIMEOUT if connection.server == Connection.writer else 0)
             Connection.writer, Connection.writer_since = connection.server, max(since, Connection.writer_since)

@@ -153,3 +153,14 @@ def test_host_that_does_not_answer_takes_no_longer_than_database_timeout(monkeyp
         with pytest.raises(hello.HTTPError):
             hello.Batcher(hello.find)("Zoe")
     assert time.monotonic() - start < 5
+
+
+def test_next_attempt_begins_after_the_host_of_a_lost_connection(
+    table: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_hosts(monkeypatch, "127.0.0.2,127.0.0.1,localhost", free_port(), table.port, table.port)
+    connection = connect_once()
+    connection.close()  # as psycopg2 does when a statement was not answered
+    connection.leave()
+    with closing(connect_once()) as connection:
+        assert connection.info.host == "localhost"
