@@ -153,8 +153,8 @@ def test_put_of_a_frozen_backend_does_not_overwrite_one_acknowledged_after_it_wa
 def test_new_user_whose_put_is_503_for_a_frozen_backend_is_not_created_later(
     app: TestApp, table: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hello, "DATABASE_TIMEOUT", 0.5)
     assert put(app, "Zoe", "1990-01-01") == 204
+    monkeypatch.setattr(hello, "DATABASE_TIMEOUT", 0.5)
     pid = idle_connection(hello.save_date_of_birth).info.backend_pid
     os.kill(pid, signal.SIGSTOP)
     try:

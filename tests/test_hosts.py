@@ -106,12 +106,12 @@ def test_host_that_refuses_is_passed_over_at_once(table: Database, monkeypatch: 
 def test_host_that_does_not_answer_is_passed_over_by_the_next_attempt(
     table: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hello, "CONNECT_TIMEOUT", 0.3)
+    monkeypatch.setattr(hello, "CONNECT_TIMEOUT", 1)
     with silent_port() as port:
         set_hosts(monkeypatch, "127.0.0.1,127.0.0.1", port, table.port)
         attempts = [in_thread(connect_once) for _ in range(2)]  # both begin with the first host
         for attempt in attempts:
-            with pytest.raises(TimeoutError, match=r"no answer within 0\.\d s"):
+            with pytest.raises(TimeoutError, match=r"no answer within \d\.\d s"):
                 attempt.result(10)
         with closing(connect_once()) as connection:
             assert connection.info.port == table.port
@@ -135,7 +135,7 @@ def test_name_in_pghost_beside_a_service_file_does_not_block_the_process(
 def test_next_attempt_begins_after_the_host_that_did_not_answer(
     table: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hello, "CONNECT_TIMEOUT", 0.3)
+    monkeypatch.setattr(hello, "CONNECT_TIMEOUT", 1)
     with silent_port() as port:  # libpq goes on to it because the first host refuses
         set_hosts(monkeypatch, "127.0.0.2,127.0.0.1,localhost", free_port(), port, table.port)
         with pytest.raises(TimeoutError):
