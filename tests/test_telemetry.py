@@ -41,6 +41,7 @@ def shared(database: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
 def kill_a_worker(service: MonitoredService) -> None:
     """Kill a worker, and wait until another has taken its place."""
     before = service.workers()
+    wait_until(lambda: service.metrics()["hello_workers"][()] == len(before))  # none is still starting
     starts = service.metrics()["hello_worker_starts_total"][()]
     os.kill(before[0], signal.SIGKILL)
     wait_until(lambda: before[0] not in service.workers() and len(service.workers()) == len(before))
