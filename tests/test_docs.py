@@ -145,8 +145,7 @@ class Documented:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.port, self.metrics_port = folder, str(free_port()), str(free_port())
-        others = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
-        self.environment = others | {"PORT": self.port, "METRICS_PORT": self.metrics_port}
+        self.environment = os.environ | {"PORT": self.port, "METRICS_PORT": self.metrics_port}
         gunicorn = [f"{sys.prefix}/bin/gunicorn", "hello:application"]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tools.serve", folder / "data", *gunicorn],
