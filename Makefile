@@ -20,7 +20,6 @@ GRYPE ?= anchore/grype:v0.117.0@sha256:ddf9e9f204049f3a4a0955ef70873cabab6a31432
 
 .DEFAULT_GOAL := help
 export PYTHON VENV DATA JOBS WITH_DATA VERSION KUBECTL GRYPE
-export PYTHONDONTWRITEBYTECODE = 1
 
 .PHONY: help run test coverage mutations lint format lock audit
 help: ## List the targets
