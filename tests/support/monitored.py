@@ -35,7 +35,7 @@ def parse_metrics(text: str) -> Samples:
 
 
 class MonitoredService(Service):
-    """A gunicorn with three workers and a port for its metrics.
+    """A gunicorn with a port for its metrics.
 
     Its log must hold JSON objects and nothing else.
     """
@@ -46,7 +46,7 @@ class MonitoredService(Service):
         self.metrics_port = free_port()
         self.answered: Counter[tuple[str, str, str]] = Counter()  # by method, route and status
         self.lock = threading.Lock()  # `+=` of two threads could lose one
-        own = {"METRICS_PORT": str(self.metrics_port), "WEB_CONCURRENCY": "3"}
+        own = {"METRICS_PORT": str(self.metrics_port)}
         super().__init__(folder, environment, prefix=prefix, **{**own, **settings})
 
     def ask(self, method: str, path: str, content: bytes | None = None, *headers: str) -> Response:
