@@ -39,12 +39,26 @@ def test_unknown_time_zone_stops_the_start_with_one_line(zone: str) -> None:
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", [name for name, declared in hello.SETTINGS.items() if declared.minimum])
+NUMBERS = [name for name, declared in hello.SETTINGS.items() if declared.minimum]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("value", ["many", "-1", "0", "nan", "inf", "1e", "10000000"])
-def test_unusable_number_stops_the_start_with_one_line(name: str, value: str) -> None:
-    result = run_hello("init-db", folder=ROOT, **{name: value})
+def test_unusable_number_is_one_line_that_names_the_setting(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stopped:
+        hello.setting(type(getattr(hello, name)), name, *hello.SETTINGS[name])
+    assert str(stopped.value).startswith(f"{name}={value!r} cannot be used: ")
+    assert "\n" not in str(stopped.value)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_unusable_number_stops_the_start_with_one_line(name: str) -> None:
+    result = run_hello("init-db", folder=ROOT, **{name: "0"})
     assert result.returncode == 1
-    assert result.stderr.startswith(f"{name}={value!r} cannot be used: ")
+    assert result.stderr.startswith(f"{name}='0' cannot be used: ")
     assert result.stderr.count("\n") == 1
 
 

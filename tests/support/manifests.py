@@ -17,9 +17,14 @@ K8S = ROOT / "k8s"
 Object = dict[str, Any]
 
 
+def parse(text: str) -> list[Object]:
+    """Return the objects of a YAML file; libyaml reads it ten times as fast as PyYAML itself."""
+    return list(yaml.load_all(text, yaml.CSafeLoader))
+
+
 def load(pattern: str) -> list[Object]:
     """Return the objects in the files of k8s/ that match a pattern."""
-    return [item for path in sorted(K8S.glob(pattern)) for item in yaml.safe_load_all(path.read_text())]
+    return [item for path in sorted(K8S.glob(pattern)) for item in parse(path.read_text())]
 
 
 def title(item: Object) -> str:
@@ -28,7 +33,7 @@ def title(item: Object) -> str:
 
 
 PLAIN = load("*.yaml")  # `kubectl apply -f k8s/`
-EVERYTHING = load("**/*.yaml") + list(yaml.safe_load_all(monitoring_objects()))
+EVERYTHING = load("**/*.yaml") + parse(monitoring_objects())
 
 
 def get(name: str) -> Object:
