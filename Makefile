@@ -8,7 +8,7 @@ DATA ?= .postgres
 # Arguments of `make test`, `make mutations` and `make bench`: `make test ARGS='-k birthday'`
 ARGS ?=
 # Number of test files that run at the same time
-JOBS ?= 4
+JOBS ?= 5
 # With `yes`, `make clean` also removes the data of `make run` and Compose.
 WITH_DATA ?= no
 # The image's tag
@@ -19,7 +19,9 @@ KUBECTL ?= kubectl
 GRYPE ?= anchore/grype:v0.117.0@sha256:ddf9e9f204049f3a4a0955ef70873cabab6a31432125ad4f20a490b54950a253
 
 .DEFAULT_GOAL := help
-export PYTHON VENV DATA JOBS WITH_DATA VERSION KUBECTL GRYPE
+export PYTHON VENV DATA WITH_DATA VERSION KUBECTL GRYPE
+
+PYTEST = pytest -rs -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help run test coverage mutations lint format lock audit
 help: ## List the targets
@@ -29,10 +31,11 @@ run: run-environment ## Serve on PORT (8080), with an embedded Postgres unless P
 	@exec $(VENV)/bin/python -m tools.serve $(DATA) $(VENV)/bin/python -m server
 
 test: dev-environment ## Run the tests, against Postgres servers of their own
-	@tools/test.sh $(ARGS)
+	@$(VENV)/bin/python -m $(PYTEST) $(ARGS)
 
 coverage: dev-environment ## Run the tests and print which lines and branches they did not reach
-	@COVERAGE=yes tools/test.sh $(ARGS)
+	@rm -f .coverage .coverage.*; $(VENV)/bin/coverage run -m $(PYTEST) $(ARGS); status=$$?; \
+		$(VENV)/bin/coverage combine --quiet && $(VENV)/bin/coverage report; exit $$status
 
 mutations: dev-environment ## Break each protection in a copy and check that its test fails
 	@$(VENV)/bin/python -m tools.mutations $(ARGS)

@@ -22,8 +22,11 @@ LONGEST = [
     "tests/test_logs.py",
     "tests/test_telemetry.py",
     "tests/test_environment.py",
-    "tests/test_server.py",
+    "tests/resilience/test_clients.py",
     "tests/resilience/test_processes.py",
+    "tests/test_server.py",
+    "tests/test_manifests_tools.py",
+    "tests/test_openapi.py",
 ]
 
 # The tests choose the settings that they need; those of the shell, and its database, must not reach them.

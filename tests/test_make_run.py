@@ -39,7 +39,7 @@ class MakeRun:
         self.port = settings.get("PORT") or str(free_port())
         own = ("PG", "MAKE", "HOST", "PORT", "METRICS_", "VENV", "DATA", "PYTHON")
         clean = {name: value for name, value in os.environ.items() if not name.startswith(own)}
-        clean |= {"PORT": self.port, "METRICS_PORT": "0"} | settings
+        clean |= {"PORT": self.port, "METRICS_PORT": "0", "WEB_CONCURRENCY": "1"} | settings
         self.data = data
         self.output = ""
         self.process = subprocess.Popen(

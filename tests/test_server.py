@@ -226,7 +226,6 @@ def connect_until_refused(port: int) -> list[str]:
             defects.append(f"{type(error).__name__}: {error}")
 
 
-@pytest.mark.serial
 def test_connections_that_arrive_while_the_service_stops_are_answered_or_refused(
     database: dict[str, str], tmp_path: Path
 ) -> None:

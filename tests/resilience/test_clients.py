@@ -59,7 +59,6 @@ def requests_at_once(port: int, size: int, rounds: int) -> Counter[int]:
     return statuses
 
 
-@pytest.mark.serial
 def test_thousand_clients_at_once_are_all_answered_in_bounded_memory(
     database: Database, tmp_path: Path, report: Callable[[str], None]
 ) -> None:
@@ -100,7 +99,6 @@ def keep_busy(port: int, size: int, done: threading.Event) -> int:
     return answered
 
 
-@pytest.mark.serial
 def test_clients_that_arrive_while_others_keep_the_workers_busy_are_answered(
     database: Database, tmp_path: Path, report: Callable[[str], None]
 ) -> None:
@@ -152,7 +150,6 @@ def trickle(port: int, opening: bytes, count: int) -> list[float]:
     return ends
 
 
-@pytest.mark.serial
 def test_slow_clients_are_closed_and_do_not_slow_a_normal_one(
     database: Database, tmp_path: Path, report: Callable[[str], None]
 ) -> None:
