@@ -12,6 +12,7 @@ and hooks about requests (limit_request_*, keepalive, max_requests, access log, 
 
 import signal
 import socket
+import struct
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -35,6 +36,7 @@ READ = 1  # the event of gevent's watchers
 RECEIVE_BYTES = 8192
 DRAIN_SECONDS = 1  # a connection that is being closed is read for this long
 STOPPING_IDLE_SECONDS = 1  # a stopping worker keeps idle connections for this long
+RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # a struct linger: l_onoff, l_linger
 SWEEP_SECONDS = 0.1  # between two checks of the deadlines
 YIELD_SECONDS = 1e-6  # with 0, gevent would not poll the other sockets
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGQUIT, signal.SIGINT}
@@ -209,8 +211,10 @@ class Connection:
         self.socket.shutdown(socket.SHUT_WR)
         end = monotonic() + DRAIN_SECONDS
         self.phase, self.deadline = REQUEST, end
-        while (self.socket.recv(65536) or self.is_late) and monotonic() < end:
+        while ((data := self.socket.recv(65536)) or self.is_late) and monotonic() < end:
             gevent.sleep(DRAIN_SECONDS / 20)  # a client that sends without end must not keep the worker busy
+        if data:  # without a reset, Linux lets a client that may not send at this moment wait for a minute
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
 
 
 class Worker(ggevent.GeventWorker):

@@ -181,6 +181,24 @@ def test_clients_that_flood_connections_that_are_being_closed_do_not_stop_the_ot
     assert megabytes < 100
 
 
+def send_until_reset(client: socket.socket) -> None:
+    """Send an invalid request and then data until the connection is reset; fail if that takes longer than 5 s."""
+    client.settimeout(5)
+    with client, contextlib.suppress(ConnectionError):
+        client.sendall(b"SESAME / HTTP/1.1\r\n\r\n")
+        while True:
+            client.sendall(bytes(65536))
+
+
+def test_clients_that_do_not_stop_sending_to_a_connection_that_is_being_closed_are_reset(service: Service) -> None:
+    clients = []
+    for _ in range(60):
+        clients.append(in_thread(send_until_reset, service.open_socket()))
+        time.sleep(0.01)  # whether the worker can leave a client without a reset depends on the moment
+    for client in clients:
+        client.result(30)
+
+
 def test_clients_that_reset_their_connections_leave_nothing_in_the_log(service: Service) -> None:
     before = service.log_text().count('"level": "error"')
     for _ in range(100):
