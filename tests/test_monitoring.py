@@ -74,7 +74,7 @@ def prometheus(service: MonitoredService, tmp_path_factory: pytest.TempPathFacto
     done = threading.Event()
 
     def work() -> None:
-        while not done.is_set():
+        while not done.wait(0.1):
             service.work(clients=1, rounds=1)
 
     client = threading.Thread(target=work)

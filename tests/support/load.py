@@ -177,7 +177,7 @@ class Load:
         service: Service,
         database: Database,
         clients: int = 16,
-        pause: float = 0.005,
+        pause: float = 0.01,
         *,
         is_fresh: bool = False,
     ) -> None:

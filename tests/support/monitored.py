@@ -82,7 +82,7 @@ class MonitoredService(Service):
         """Return how many of the answers have a log line."""
         return sum(count for (_, route, _), count in self.answered.items() if route not in {"/livez", "/readyz"})
 
-    def work(self, clients: int = 4, rounds: int = 20) -> None:
+    def work(self, clients: int = 4, rounds: int = 10) -> None:
         """Send requests of every kind from several clients at once."""
 
         def send() -> None:
