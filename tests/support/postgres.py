@@ -52,7 +52,8 @@ class Database(Postgres):
         if folder is None:
             self.temporary = temporary_folder()
             folder = self.temporary / "data"
-        super().__init__(folder, **settings)
+        # In its folder, and not in /dev/shm, where a server that was killed leaves them
+        super().__init__(folder, **{"dynamic_shared_memory_type": "mmap"} | settings)
 
     def stop(self) -> None:
         """Stop the server and remove its socket and its temporary folder."""
