@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.support.network import free_port
@@ -34,6 +35,10 @@ settings = {line.partition("=")[0] for line in (ROOT / ".env.example").read_text
 for name in list(os.environ):
     if name in settings or name.startswith("PG"):
         del os.environ[name]
+
+# The same examples in each run
+hypothesis.settings.register_profile("reproducible", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("reproducible")
 
 
 @pytest.fixture(scope="session")

@@ -261,7 +261,7 @@ NAMES_AND_NOT = st.text(st.characters(categories=["L", "M"])) | st.text(st.chara
 
 
 @given(NAMES_AND_NOT)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_text_as_a_username_is_accepted_just_where_the_rule_says_so(text: str) -> None:
     name = unicodedata.normalize("NFC", text)
     kinds = ",".join(unicodedata.category(character) for character in name)
@@ -376,7 +376,7 @@ VALUES = st.recursive(
 
 
 @given(st.binary(max_size=200) | VALUES.map(lambda value: json.dumps(value).encode()))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_content_is_a_date_or_400(content: bytes) -> None:
     try:
         assert hello.parse_date_of_birth(hello.parse_document(content)) < hello.today()
@@ -414,7 +414,7 @@ DATES = st.dates() | LEAP_DAYS | DAYS_BY_THE_SEAM
 
 
 @given(born=DATES, on=DATES.filter(lambda day: day.year < 9999))
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 def test_days_until_birthday_are_those_of_a_calendar_walk(born: date, on: date) -> None:
     assert hello.days_until_birthday(born, on) == walk(born, on)
 

@@ -300,7 +300,7 @@ def test_pattern_of_a_username_takes_the_same_characters_as_the_code() -> None:
     st.text(st.characters(categories=["L", "M"]), min_size=200, max_size=256)
     | st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=10)
 )
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100)
 def test_name_that_fits_the_schema_is_accepted_and_another_only_for_its_marks(name: str) -> None:
     accepted = is_accepted(hello.parse_username, name.encode().decode("latin-1"))
     if USERNAME.is_valid(name):
@@ -312,7 +312,7 @@ def test_name_that_fits_the_schema_is_accepted_and_another_only_for_its_marks(na
 @hypothesis.example("0000-01-01")
 @hypothesis.example("1990-02-30")
 @given(st.dates().map(str) | st.from_regex(r"\A[0-9]{4}-[0-9]{2}-[0-9]{2}\Z") | st.text(max_size=10))
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=200)
 def test_date_is_accepted_just_where_the_schema_says_so_and_it_is_before_today(text: str) -> None:
     document = {"dateOfBirth": text}
     accepted = is_accepted(hello.parse_date_of_birth, document)

@@ -153,7 +153,7 @@ STREAM = b"".join([GET, PUT, CHUNKED, b"\r\n", PUT, GET])
 
 
 @given(st.lists(st.integers(0, len(STREAM))).map(sorted))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_requests_are_the_same_however_the_network_cuts_them(cuts: list[int]) -> None:
     parts = [STREAM[start:end] for start, end in zip([0, *cuts], [*cuts, len(STREAM)], strict=True)]
     requests = read(*filter(None, parts))
