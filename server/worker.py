@@ -38,7 +38,6 @@ DRAIN_SECONDS = 1  # a connection that is being closed is read for this long
 STOPPING_IDLE_SECONDS = 1  # a stopping worker keeps idle connections for this long
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # a struct linger: l_onoff, l_linger
 SWEEP_SECONDS = 0.1  # between two checks of the deadlines
-YIELD_SECONDS = 1e-6  # with 0, gevent would not poll the other sockets
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGQUIT, signal.SIGINT}
 
 SERVER_METHODS = "GET, HEAD, OPTIONS, PUT"  # the Allow of `OPTIONS *`
@@ -121,13 +120,10 @@ class Connection:
         parser = self.parser
         while not parser.is_closed and (data := self.receive()):
             parser.feed(data)
-            is_busy = len(parser.complete) > 1 or len(data) == RECEIVE_BYTES
             while parser.complete:
                 environ, is_last = parser.complete.popleft()
                 if not self.answer(environ, is_last=is_last):
                     return
-            if is_busy:  # receive and send may never block, and other connections would starve
-                gevent.sleep(YIELD_SECONDS)
             if parser.awaits_continue and not parser.is_closed:
                 parser.awaits_continue = False
                 self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -138,7 +134,8 @@ class Connection:
         """Return the next bytes of the client; none at the end of its data, or after the deadline."""
         self.start_waiting()
         data = b""
-        gevent.get_hub().wait(self.readable)  # recv alone would mostly fail once before it waits
+        # Without it, a client that sends without a pause would keep the worker; and recv would mostly fail once.
+        gevent.get_hub().wait(self.readable)
         try:
             data = self.socket.recv(RECEIVE_BYTES)
         except OSError:
