@@ -121,24 +121,41 @@ def test_client_that_does_not_read_is_closed(service: Service) -> None:
     assert service.ask("GET", "/livez").status == 200
 
 
+def connection_on(ours: socket.socket) -> Connection:
+    """Return a connection of a worker that does nothing by itself."""
+    worker = cast(Worker, SimpleNamespace(common_environ=lambda address: {}, telemetry=None, alive=True))
+    worker.connections = {connection := Connection(worker, ours)}
+    return connection
+
+
 def test_client_that_does_not_read_and_stalls_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HEAD_TIMEOUT", "SEND_TIMEOUT"):
         monkeypatch.setattr(settings, name, 0.1)
     ours, client = gevent.socket.socketpair()
-    worker = cast(Worker, SimpleNamespace(common_environ=lambda address: {}, telemetry=None, alive=True))
-    connection = Connection(worker, ours)
-    worker.connections = {connection}
+    connection = connection_on(ours)
     client.sendall(LIVEZ[:20])
     with pytest.raises(TimeoutError):  # the send buffer is full
         ours.settimeout(0.1)
         ours.sendall(b"x" * 10_000_000)
     ours.settimeout(None)
-    watching = gevent.spawn(Worker.watch_deadlines, worker)
+    watching = gevent.spawn(Worker.watch_deadlines, connection.worker)
     try:
         with pytest.raises(OSError, match=r"closed in another greenlet|Broken pipe"):
             gevent.spawn(connection.serve_requests).get(timeout=10)
     finally:
         watching.kill()
+
+
+def test_deadline_of_a_client_that_reset_its_connection_is_no_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        ours = server.accept()[0]
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+        client.close()
+        assert select.select([ours], [], [], 20)[0]
+        with ours:
+            connection = connection_on(ours)
+            connection.expire()
+            assert connection.is_late
 
 
 # --- Clients that send without end ---------------------------------------------------------------------
@@ -205,7 +222,8 @@ def test_clients_that_reset_their_connections_leave_nothing_in_the_log(service: 
         with service.open_socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
             client.sendall(LIVEZ * 3)
-    assert service.ask("GET", "/livez").status == 200
+    assert service.ask("GET", "/nowhere", None, "X-Request-Id: last-of-all").status == 404
+    wait_until(lambda: "last-of-all" in service.log_text())
     assert service.log_text().count('"level": "error"') == before
 
 

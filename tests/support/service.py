@@ -76,7 +76,12 @@ class Service:
 
     def __exit__(self, *error: object) -> None:
         self.process.send_signal(signal.SIGQUIT)  # gunicorn's quick shutdown
-        self.process.wait()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:  # what it writes to is full, and nobody reads it
+            for pid in [*self.workers(), self.process.pid]:
+                os.kill(pid, signal.SIGKILL)
+            raise
         if error[0]:  # pytest shows it beside the failure
             print(f"--- the end of {self.log}\n{self.log_text()[-3000:]}")
         else:
