@@ -17,10 +17,9 @@ if docker info >/dev/null 2>&1; then
   docker compose down --remove-orphans "--volumes=$([ "$WITH_DATA" = yes ] && echo true || echo false)"
   docker image rm --force "hello:$VERSION" >/dev/null 2>&1 || true
 fi
-rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.*
+rm -rf __pycache__ */__pycache__ */*/__pycache__ .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.*
 # Not a folder that make did not create
 if [ -e "$VENV/pyvenv.cfg" ]; then rm -rf "$VENV"; fi
-find . -name __pycache__ -prune -exec rm -rf {} +
 if [ "$WITH_DATA" != yes ]; then
   echo "Kept: $DATA and the volume hello_data. \`make clean WITH_DATA=yes\` removes them."
 elif [ -e "$DATA/data" ]; then
