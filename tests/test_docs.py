@@ -233,7 +233,7 @@ def server() -> Iterator[Database]:
     """Start a Postgres with the table, without the role of the service."""
     database = Database()
     database.start()
-    subprocess.run([sys.executable, "hello.py", "init-db"], check=True, cwd=ROOT, env=os.environ | database.environment)
+    database.apply_schema()
     yield database
     database.stop()
 

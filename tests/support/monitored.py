@@ -46,8 +46,8 @@ class MonitoredService(Service):
         self.metrics_port = free_port()
         self.answered: Counter[tuple[str, str, str]] = Counter()  # by method, route and status
         self.lock = threading.Lock()  # `+=` of two threads could lose one
-        own = {"METRICS_PORT": str(self.metrics_port)}
-        super().__init__(folder, environment, prefix=prefix, **{**own, **settings})
+        settings = {"METRICS_PORT": str(self.metrics_port)} | settings
+        super().__init__(folder, environment, prefix=prefix, **settings)
 
     def ask(self, method: str, path: str, content: bytes | None = None, *headers: str) -> Response:
         """Ask on a connection of its own, and count the answer."""

@@ -86,9 +86,13 @@ class Database(Postgres):
         names, ports = zip(*where, strict=True)
         return self.service_environment | {"PGHOST": ",".join(names), "PGPORT": ",".join(map(str, ports))}
 
-    def prepare(self) -> None:
-        """Apply the schema as its owner, and create the role of the service."""
+    def apply_schema(self) -> None:
+        """Create the table, as its owner."""
         self.query((ROOT / "schema.sql").read_text())
+
+    def prepare(self) -> None:
+        """Create the table and the role of the service."""
+        self.apply_schema()
         self.query("CREATE ROLE hello LOGIN; GRANT SELECT, INSERT, UPDATE ON users TO hello")
 
     def connect(self, user: str = "postgres") -> Any:
