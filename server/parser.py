@@ -20,6 +20,7 @@ from wsgiref.types import WSGIEnvironment
 from httptools import HttpParserCallbackError, HttpParserError, HttpRequestParser
 
 MAX_TARGET_BYTES = 8190  # a username of 2,500 bytes, percent-encoded, has 7,500
+MAX_REQUEST_LINE_BYTES = MAX_TARGET_BYTES + len("OPTIONS  HTTP/1.1\r\n")
 MAX_HEADERS, MAX_HEADER_BYTES = 64, 4096
 MAX_HEAD_BYTES = 32768
 MAX_EXPECTED_BYTES = 4096  # hello.MAX_CONTENT_BYTES: a request with `Expect: 100-continue` gets its 413 at once
@@ -113,7 +114,7 @@ def split_target(target: str, environ: WSGIEnvironment) -> tuple[str, str]:
 def check_codings(text: str) -> None:
     """Raise ProtocolError unless a Transfer-Encoding is `chunked` (RFC 9112, sections 6.1 and 6.3)."""
     codings = list_elements(text)
-    if codings[-1:] != ["chunked"] or codings.count("chunked") > 1:
+    if codings[-1:] != ["chunked"]:
         raise bad_request("Transfer-Encoding must be chunked.")
     if len(codings) > 1:
         raise ProtocolError(HTTPStatus.NOT_IMPLEMENTED, "Transfer-Encoding must be chunked.")
@@ -177,7 +178,7 @@ class RequestParser:
         self.received += len(part)
         if self.received > MAX_REQUEST_BYTES:
             self.fail(bad_content())
-        elif self.environ is None and len(self.head) > MAX_TARGET_BYTES:
+        elif self.environ is None and len(self.head) > MAX_REQUEST_LINE_BYTES:
             if not REQUEST_LINE.match(self.head):
                 self.fail(long_target())
             elif len(self.head) > MAX_HEAD_BYTES:
@@ -240,6 +241,8 @@ class RequestParser:
 
     def on_headers_complete(self) -> None:
         method, target, protocol = self.check_request_line()
+        if len(self.head) > MAX_HEAD_BYTES:
+            raise long_head()
         environ = self.common.copy()
         environ["REQUEST_METHOD"] = method
         environ["SERVER_PROTOCOL"] = protocol

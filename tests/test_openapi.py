@@ -25,8 +25,8 @@ import hello
 from server.parser import RequestParser
 from tests.support.network import LOOPBACK, Response, free_port, read_all, split_response
 from tests.support.postgres import Database
+from tests.support.raw_requests import ERRORS
 from tests.support.service import Service
-from tests.test_http import ERRORS
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "openapi.yaml"

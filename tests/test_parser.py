@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import hello
 from server import parser
 from server.parser import RequestParser
+from tests.support.raw_requests import ERRORS, GOOD, SECOND
 
 COMMON = {
     "SCRIPT_NAME": "",
@@ -37,6 +38,11 @@ def read(*parts: bytes) -> RequestParser:
     for part in parts:
         requests.feed(part)
     return requests
+
+
+def pieces(data: bytes) -> list[bytes]:
+    """Cut bytes as a worker receives them."""
+    return [data[start : start + 8192] for start in range(0, len(data), 8192)]
 
 
 def first(request: bytes) -> WSGIEnvironment:
@@ -63,11 +69,16 @@ def test_environ_is_what_pep_3333_wants(request_bytes: bytes) -> None:
         ("http://b:80/hello/Zoe?a=b", "/hello/Zoe", "a=b"),
         ("http://b", "/", ""),
         ("http://b?a", "/", "a"),
+        ("*", "*", ""),
     ],
 )
 def test_target_is_split_into_path_and_query(target: str, path: str, query: str) -> None:
-    environ = first(b"GET %b HTTP/1.1\r\nHost: a\r\n\r\n" % target.encode())
+    environ = first(b"OPTIONS %b HTTP/1.1\r\nHost: a\r\n\r\n" % target.encode())
     assert (environ["PATH_INFO"], environ["QUERY_STRING"]) == (path, query)
+
+
+def test_host_of_an_absolute_target_replaces_that_of_the_header() -> None:
+    assert first(GET.replace(b"/hello", b"http://b:80/hello"))["HTTP_HOST"] == "b:80"  # RFC 9112, section 3.2.2
 
 
 @pytest.mark.parametrize(
@@ -77,6 +88,7 @@ def test_target_is_split_into_path_and_query(target: str, path: str, query: str)
         (b"x-request-ID:a ", {"HTTP_X_REQUEST_ID": "a"}),
         (b"X-A: b\r\nX-A: c", {"HTTP_X_A": "b,c"}),
         (b"X-A: \xe9", {"HTTP_X_A": "\xe9"}),
+        (b"X-A:\t X \t", {"HTTP_X_A": "X"}),
         (b"Content-Type: text/plain", {"CONTENT_TYPE": "text/plain"}),
         (b"Content-Length: 0", {"CONTENT_LENGTH": "0"}),
         (b"X_Request_Id: a", {}),
@@ -118,8 +130,8 @@ def test_content_is_read_completely_and_no_further(request_bytes: bytes) -> None
     ],
 )
 def test_request_says_whether_another_may_follow(version: str, headers: str, is_last: bool) -> None:
-    requests = read(f"GET / HTTP/{version}\r\nHost: a\r\n{headers}\r\n".encode())
-    assert [last for _, last in requests.complete] == [is_last]
+    requests = read(f"GET / HTTP/{version}\r\nHost: a\r\n{headers}\r\n".encode(), GET)
+    assert [last for _, last in requests.complete] == ([True] if is_last else [False, False])
     assert requests.error is None
 
 
@@ -147,6 +159,12 @@ def test_parser_that_is_closed_leaves_nothing_for_the_garbage_collector() -> Non
         assert trace() is None
     finally:
         gc.enable()
+
+
+def head_of(size: int) -> bytes:
+    """Return the head of a request with so many bytes, in headers of 4,000 bytes."""
+    filled = GET[:-2] + (b"X-A: " + b"a" * 3993 + b"\r\n") * ((size - 100) // 4000)
+    return filled + b"X-A: " + b"a" * (size - len(filled) - 9) + b"\r\n\r\n"
 
 
 STREAM = b"".join([GET, PUT, CHUNKED, b"\r\n", PUT, GET])
@@ -183,16 +201,18 @@ def test_waiting_begins_anew_where_the_head_ends() -> None:
 @pytest.mark.parametrize(
     ("parts", "status"),
     [
-        ([b"GET /" + b"a" * 8190], 414),
-        ([b"GET /", *[b"a" * 100] * 82], 414),
+        ([b"GET /" + b"a" * 8205], 414),
+        ([b"GET /", *[b"a" * 100] * 83], 414),
         ([b"GET /" + b"a" * 8190 + GET[14:]], 414),
         ([b"\r\n" * 4096] * 5, 414),
         ([GET[:-2], b"X-A: " + b"a" * 4094 + b"\r\n\r\n"], 431),
         ([GET[:-2], *[b"X-A: b\r\n"] * 64, b"\r\n"], 431),
+        ([head_of(32769)], 431),
+        ([head_of(32770)[:-1]], 431),
         ([GET[:-2] + b"X-A: ", *[b"a" * 8192] * 5], 431),
-        ([CHUNKED[:-9], b"zz\r\n"], 400),
+        ([CHUNKED[:-11], b"zz\r\n"], 400),
         ([CHUNKED[:-4], *[b"a" * 8192] * 20], 400),
-        ([CHUNKED[:-9] + b"1;x=", *[b"a" * 8192] * 20], 400),
+        ([CHUNKED[:-11] + b"1;x=", *[b"a" * 8192] * 20], 400),
     ],
 )
 def test_request_beyond_a_limit_is_an_error_and_those_before_it_are_not(parts: list[bytes], status: int) -> None:
@@ -206,17 +226,99 @@ def test_request_beyond_a_limit_is_an_error_and_those_before_it_are_not(parts: l
     "parts",
     [
         [b"GET /" + b"a" * 8189 + GET[14:]],
+        [b"OPTIONS /" + b"a" * 8189 + b" HTTP/1.1\r", b"\nHost: a\r\n\r\n"],
+        [head_of(32768)],
+        [head_of(32768), head_of(32768)[:-1], b"\n"],
+        [PUT.replace(b"3", b"65536", 1) + b"a" * 65533],
         [GET[:-2], b"X-A: " + b"a" * 4093 + b"\r\n", *[b"X-A: b\r\n"] * 62, b"\r\n"],
     ],
 )
 def test_request_at_a_limit_is_read(parts: list[bytes]) -> None:
     requests = read(*parts)
     assert requests.error is None
-    assert len(requests.complete) == 1
+    assert not requests.in_progress
+    assert not any(is_last for _, is_last in requests.complete)
+
+
+@pytest.mark.parametrize(("request_bytes", "status"), ERRORS.values(), ids=ERRORS.keys())
+def test_error_has_its_status_and_ends_the_reading(request_bytes: bytes, status: int) -> None:
+    requests = read(*pieces(request_bytes + SECOND))
+    assert requests.error
+    assert requests.error.status == status
+    assert not requests.complete
+
+
+@pytest.mark.parametrize("request_bytes", [request_bytes for request_bytes, _ in GOOD.values()], ids=GOOD.keys())
+def test_request_that_http_allows_is_read_and_the_next_one_too(request_bytes: bytes) -> None:
+    requests = read(request_bytes + SECOND)
+    assert requests.error is None
+    assert len(requests.complete) == 2
+    assert requests.complete[1][0]["PATH_INFO"] == "/hello/Second"
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "message"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n", "There must be one Host."),
+        (b"GET / HTTP/1.1\r\nHost: /\r\n\r\n", "Host must be a host name or an address, with at most a port after it."),
+        (b"GET http:/// HTTP/1.1\r\nHost: a\r\n\r\n", "The target must be a path, or a URL with a host."),
+        (b"GET / HTTP/3.0\r\nHost: a\r\n\r\n", "The version must be HTTP/1.1."),
+        (b"GET /\r\n\r\n", "The request line must be a method, a target and HTTP/1.1."),
+        (b"GOT / HTTP/1.1\r\n\r\n", "The method must be one that HTTP defines, and not CONNECT."),
+        (GET[:-2] + b"X: a\0\r\n\r\n", "The request must be well-formed HTTP/1.1."),
+        (b"GET /" + b"a" * 9000, "The target must be at most 8190 bytes long."),
+        (GET[:-2] + b"X: " + b"a" * 40000, "Send fewer and shorter headers."),
+        (GET[:-2] + b"X: " + b"a" * 5000 + b"\r\n\r\n", "Send fewer and shorter headers."),
+        (CHUNKED[:-11] + b"z", "The content must be complete and well-formed."),
+        (CHUNKED.replace(b"1.1", b"1.0", 1), "Transfer-Encoding needs HTTP/1.1."),
+        (CHUNKED.replace(b"chunked", b"gzip"), "Transfer-Encoding must be chunked."),
+        (CHUNKED.replace(b"chunked", b"gzip, chunked"), "Transfer-Encoding must be chunked."),
+        (GET[:-2] + b"Expect: a\r\n\r\n", "Expect must be 100-continue."),
+        (
+            PUT.replace(b": 3", b": 4097").replace(b"Host", b"Expect: 100-continue\r\nHost"),
+            "The content must be at most 4096 bytes long.",
+        ),
+    ],
+)
+def test_error_says_what_would_be_right(request_bytes: bytes, message: str) -> None:
+    error = read(request_bytes).error
+    assert error
+    assert error.message == str(error) == message
+
+
+def test_content_that_is_announced_and_too_long_is_413() -> None:
+    error = read(PUT.replace(b"3", b"4097", 1).replace(b"Host", b"Expect: 100-continue\r\nHost")).error
+    assert error
+    assert error.status == 413
+
+
+def test_request_in_progress_may_have_160_kib_and_not_a_byte_more() -> None:
+    start = CHUNKED[:-11] + b"1;x="
+    requests = read(GET, start, b"a" * (parser.MAX_REQUEST_BYTES - len(start)))
+    assert requests.in_progress
+    assert requests.error is None
+    requests.feed(b"a")
+    assert requests.error
 
 
 def test_parser_knows_how_much_content_the_application_takes() -> None:
     assert parser.MAX_EXPECTED_BYTES == hello.MAX_CONTENT_BYTES
+
+
+@pytest.mark.parametrize(
+    ("headers", "awaits_continue"),
+    [("", False), ("Expect: 100-Continue\r\n", True), ("Expect:\r\n", False), ("Expect: ,\r\n", False)],
+)
+@pytest.mark.parametrize("length", [3, parser.MAX_EXPECTED_BYTES])
+def test_client_awaits_100_continue_if_it_says_so(headers: str, awaits_continue: bool, length: int) -> None:
+    requests = read(f"PUT / HTTP/1.1\r\nHost: a\r\n{headers}Content-Length: {length}\r\n\r\n".encode())
+    assert requests.awaits_continue == awaits_continue
+    assert requests.error is None
+
+
+def test_content_that_is_too_long_is_for_the_application_if_the_client_does_not_wait() -> None:
+    requests = read(PUT.replace(b"3", b"4097", 1).replace(b"Host", b"Expect:\r\nHost"))
+    assert not requests.error
 
 
 def test_content_beyond_64_kib_ends_the_reading() -> None:
