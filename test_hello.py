@@ -213,25 +213,25 @@ def test_readyz_answers_with_the_database(app: TestApp) -> None:
 # --- Usernames --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "username",
-    [
-        "a",
-        "Zoe",
-        "Łukasz",
-        "Ωμέγα",
-        "名前",
-        "हिन्दी",
-        "ไทยน้ำ",
-        "עִבְרִית",
-        "𝔘𝔫𝔦",
-        "a" * 255,
-        "名" * 255,
-        "नि" * 255,
-        "Z\N{COMBINING ENCLOSING CIRCLE}oe",
-    ],
-    ids=lambda name: f"{name[:6]}-{len(name)}",
-)
+NAMES = {
+    "one letter": "a",
+    "Latin": "Zoe",
+    "Polish": "Łukasz",
+    "Greek": "Ωμέγα",
+    "Japanese": "名前",
+    "Hindi": "हिन्दी",
+    "Thai": "ไทยน้ำ",
+    "Hebrew": "עִבְרִית",
+    "mathematical": "𝔘𝔫𝔦",
+    "255 letters": "a" * 255,
+    "255 letters of three bytes": "名" * 255,
+    "255 letters with marks": "नि" * 255,
+    "2,500 bytes": "ab" + "\N{COMBINING TILDE BELOW}" * 1249,
+    "enclosing mark": "Z\N{COMBINING ENCLOSING CIRCLE}oe",
+}
+
+
+@pytest.mark.parametrize("username", NAMES.values(), ids=NAMES.keys())
 def test_put_and_get_of_a_name_in_any_script(app: TestApp, table: Database, username: str) -> None:
     app.put_json(path_of(username), BODY, status=204)
     assert list(table.rows()) == [unicodedata.normalize("NFC", username)]
@@ -331,6 +331,33 @@ def test_put_with_any_content_type_is_204(app: TestApp, table: Database, content
     content = json.dumps(BODY | {"other": [1, {"é": None}]}, ensure_ascii=False).encode()
     app.request("/hello/Zoe", method="PUT", body=content, content_type=content_type, status=204)
     assert table.rows() == {"Zoe": date(1990, 5, 17)}
+
+
+@pytest.mark.parametrize(
+    ("environ", "content"),
+    [
+        ({"CONTENT_LENGTH": "3"}, b"abc"),
+        ({"CONTENT_LENGTH": ""}, b""),
+        ({}, b""),
+        ({"wsgi.input_terminated": False}, b""),
+        ({"wsgi.input_terminated": True}, b"abcd" * 1024),
+    ],
+)
+def test_content_is_read_to_the_stated_length_or_to_its_end(environ: dict[str, Any], content: bytes) -> None:
+    assert hello.read_content({**environ, "wsgi.input": io.BytesIO(b"abcd" * 1024)}) == content
+
+
+@pytest.mark.parametrize(
+    ("length", "text"),
+    [
+        ("4", "The content must be as long as its Content-Length."),
+        ("a", "The content must be complete and well-formed."),
+    ],
+)
+def test_content_that_cannot_be_read_is_400(length: str, text: str) -> None:
+    with pytest.raises(hello.HTTPError) as raised:
+        hello.read_content({"CONTENT_LENGTH": length, "wsgi.input": io.BytesIO(b"abc")})
+    assert raised.value.args == (400, text)
 
 
 def call(**environ: Any) -> str:
