@@ -45,12 +45,12 @@ if not HAPROXY:
 
 
 class Proxy(Service):
-    """HAProxy in front of services; it is asked as they are."""
+    """HAProxy in front of services, which it checks each `interval`; it is asked as they are."""
 
-    def __init__(self, folder: Path, services: list[Service]) -> None:
+    def __init__(self, folder: Path, services: list[Service], interval: str = "100ms") -> None:
         self.port = free_port()
         self.config = folder / f"haproxy-{self.port}.cfg"
-        servers = [f"server s{service.port} 127.0.0.1:{service.port} check inter 100ms" for service in services]
+        servers = [f"server s{service.port} 127.0.0.1:{service.port} check inter {interval}" for service in services]
         text, found = re.subn(
             r"( *)server-template .*", lambda match: "".join(match[1] + s + "\n" for s in servers), CONFIG
         )
@@ -139,13 +139,15 @@ def test_service_stopped_under_load_is_not_noticed(
 ) -> None:
     with (
         Service(tmp_path, database.service_environment) as third,
-        Proxy(tmp_path, [*services, third]) as wider,
+        Proxy(tmp_path, [*services, third], interval="10s") as wider,  # no check tells it of the stop
         Load(wider, database) as load,
     ):
         wait_until(lambda: database.connections(third.name))
         third.process.send_signal(signal.SIGTERM)
         third.process.wait()
+        load.wait_for_answers(200)
     assert set(load.statuses) <= {200, 204}
+    assert load.slowest < 2.5  # `timeout connect` is 1 s; with all retries to the same service it takes 3 s
 
 
 def test_no_service_left_is_503_with_a_message_and_retry_after(tmp_path: Path, database: Database) -> None:
