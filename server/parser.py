@@ -20,7 +20,6 @@ from wsgiref.types import WSGIEnvironment
 from httptools import HttpParserCallbackError, HttpParserError, HttpRequestParser
 
 MAX_TARGET_BYTES = 8190  # a username of 2,500 bytes, percent-encoded, has 7,500
-MAX_REQUEST_LINE_BYTES = MAX_TARGET_BYTES + len("OPTIONS  HTTP/1.1\r\n")
 MAX_HEADERS, MAX_HEADER_BYTES = 64, 4096
 MAX_HEAD_BYTES = 32768
 MAX_EXPECTED_BYTES = 4096  # hello.MAX_CONTENT_BYTES: a request with `Expect: 100-continue` gets its 413 at once
@@ -31,6 +30,7 @@ METHODS = {method.encode(): method.value for method in HTTPMethod if method is n
 METHODS[b"QUERY"] = "QUERY"  # which later Pythons have
 PROTOCOLS = {b"HTTP/1.1": "HTTP/1.1", b"HTTP/1.0": "HTTP/1.0"}
 METHOD = re.compile(rb"[\r\n]*([!#-'*+.0-9A-Z^-z|~-]+)(?: |\Z)")
+START = re.compile(rb"[\r\n]*[^ \r\n]+ +([^ \r\n]*)")  # up to the target, or what has arrived of it
 REQUEST_LINE = re.compile(rb"[\r\n]*([!#-'*+.0-9A-Z^-z|~-]+) +([^ \r\n]+) +(HTTP/[0-9]\.[0-9])\r\n")
 HOST_AND_PORT = r"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)(?::[0-9]*)?"
 ABSOLUTE_TARGET = re.compile(rf"https?://(?=[^:/?])({HOST_AND_PORT})((?:[/?].*)?)", re.IGNORECASE)
@@ -178,8 +178,9 @@ class RequestParser:
         self.received += len(part)
         if self.received > MAX_REQUEST_BYTES:
             self.fail(bad_content())
-        elif self.environ is None and len(self.head) > MAX_REQUEST_LINE_BYTES:
-            if not REQUEST_LINE.match(self.head):
+        elif self.environ is None and len(self.head) > MAX_TARGET_BYTES:
+            start = START.match(self.head)
+            if start and len(start[1]) > MAX_TARGET_BYTES:
                 self.fail(long_target())
             elif len(self.head) > MAX_HEAD_BYTES:
                 self.fail(long_head())
