@@ -202,7 +202,7 @@ def test_another_path_is_404_and_says_which_exist(app: TestApp, path: str) -> No
 
 
 def test_livez_answers_without_the_database(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PGHOST", "no-such-host.invalid")
+    monkeypatch.setattr(hello, "find_date_of_birth", None)
     assert message(TestApp(hello.application).get("/livez", status=200)) == "alive"
 
 
@@ -390,9 +390,8 @@ def test_put_of_4_kib_is_204_and_of_a_byte_more_413(app: TestApp, table: Databas
 
 
 @pytest.mark.parametrize("length", ["-1", "29.0", "a", "0x1d", "9" * 5000])
-def test_put_with_an_invalid_content_length_is_400_or_413(table: Database, length: str) -> None:
-    status = call(**{"CONTENT_LENGTH": length, "wsgi.input": io.BytesIO(padded(5000))})
-    assert status[:3] in {"400", "413"}
+def test_put_with_an_invalid_content_length_is_400(table: Database, length: str) -> None:
+    assert call(**{"CONTENT_LENGTH": length, "wsgi.input": io.BytesIO(padded(5000))}) == "400 Bad Request"
     assert table.rows() == {}
 
 

@@ -3,8 +3,6 @@
 import copy
 import os
 import subprocess
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from tests.support.manifests import (
     port_numbers,
     quantity,
 )
+from tests.support.network import ask
 from tests.support.wait import wait_until
 
 START_SECONDS = 60
@@ -128,15 +127,12 @@ class Pod:
 
     def ask(self, port: int, path: str, content: bytes | None = None) -> tuple[int, str]:
         """Return status and content of a response; status 0 if there is none."""
-        address = docker("port", self.name, str(port)).stdout.split()[0]
-        request = urllib.request.Request(f"http://{address}{path}", content, method="PUT" if content else "GET")
+        published = int(docker("port", self.name, str(port)).stdout.split()[0].rpartition(":")[2])
         try:
-            with urllib.request.urlopen(request, timeout=10) as response:
-                return response.status, response.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
+            response = ask(published, "PUT" if content else "GET", path, content)
         except OSError:
             return 0, ""
+        return response.status, response.content.decode()
 
     def stop(self) -> int:
         """Stop the container as the kubelet does after preStop; return its exit status."""

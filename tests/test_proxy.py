@@ -1,4 +1,4 @@
-"""HAProxy as docker-compose.scale.yml sets it, in front of two real services: what their clients get, whatever breaks.
+"""HAProxy as compose/scale.yml sets it, in front of two real services: what their clients get, whatever breaks.
 
 It runs on this machine, without containers: where it listens and where the services are is put in, and checks that are
 quicker.

@@ -23,7 +23,9 @@ def main() -> int:
             command = ["make", "test", f"ARGS={options.args}"]
             done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
             verdict = "green" if done.returncode == 0 else "red"
-            print(f"run {run} of {options.runs}: {verdict} after {time.monotonic() - start:.0f} s", flush=True)
+            seconds = time.monotonic() - start
+            counts = (done.stdout.splitlines() or [""])[-1]  # pytest's, of tests that passed, failed and were skipped
+            print(f"run {run} of {options.runs}: {verdict} after {seconds:.0f} s: {counts}", flush=True)
             if done.returncode != 0:
                 print(done.stdout, done.stderr, sep="\n")
                 return 1

@@ -150,6 +150,18 @@ class Connection:
             self.sock = None
 
 
+def ask(port: int, method: str, path: str, content: bytes | None = None, *headers: str) -> Response:
+    """Ask on a connection of its own; fail where anything follows the response, such as content after a 204."""
+    with contextlib.closing(Connection(port)) as connection:
+        response = connection.ask(method, path, content, *headers)
+        if connection.sock is not None:
+            with contextlib.suppress(OSError):
+                connection.sock.shutdown(socket.SHUT_WR)
+            rest = read_all(connection.sock)
+            assert rest == b"", f"bytes after a response with status {response.status}: {rest[:100]!r}"
+    return response
+
+
 # --- Ports and proxies that misbehave ---------------------------------------------------------------
 
 
