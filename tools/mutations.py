@@ -69,8 +69,8 @@ def apply(tree: Path, patch: Path, *options: str) -> bool:
     return done.returncode == 0
 
 
-def check(tree: Path, mutation: Mutation) -> bool:
-    """Apply a mutation, run its test and print whether it was noticed."""
+def check(tree: Path, mutation: Mutation) -> str:
+    """Apply a mutation and run its test; print and return whether it was noticed."""
     start = time.monotonic()
     apply(tree, mutation.patch)
     outcomes, text = run_tests(tree, mutation.test)
@@ -79,7 +79,7 @@ def check(tree: Path, mutation: Mutation) -> bool:
     verdict = "noticed" if is_noticed else "skipped" if set(outcomes) == {"skipped"} else "UNNOTICED"
     reason = " ".join(text.split())[:120] if is_noticed else dict(outcomes)
     print(f"{verdict:9} {time.monotonic() - start:3.0f} s  {mutation.patch.stem}\n{'':17}{reason}", flush=True)
-    return is_noticed or verdict == "skipped"
+    return verdict
 
 
 def main(words: list[str]) -> int:
@@ -95,9 +95,9 @@ def main(words: list[str]) -> int:
         if outcomes["failure"] or outcomes["error"] or not outcomes:
             print(f"The tests must pass without a mutation.\n{text}")
             return 1
-        unnoticed = [mutation.patch.stem for mutation in mutations if not check(tree, mutation)]
-    print(f"{len(mutations)} mutations, {len(unnoticed)} unnoticed")
-    return 1 if unnoticed else 0
+        verdicts = Counter(check(tree, mutation) for mutation in mutations)
+    print(", ".join(f"{count} {verdict}" for verdict, count in verdicts.items()))
+    return 1 if verdicts["UNNOTICED"] else 0
 
 
 if __name__ == "__main__":
