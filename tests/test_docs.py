@@ -160,11 +160,12 @@ class Documented:
         self.lines.extend(self.with_shown_ports(line) for line in self.process.stdout)
 
     def with_own_ports(self, text: str) -> str:
-        text = text.replace("9000", str(free_port())).replace("9001", str(free_port()))
-        return text.replace("8080", self.port).replace("8081", self.metrics_port)
+        ports = {"8080": self.port, "8081": self.metrics_port, "9000": str(free_port()), "9001": str(free_port())}
+        return re.sub("|".join(ports), lambda found: ports[found[0]], text)
 
     def with_shown_ports(self, text: str) -> str:
-        return text.replace(self.port, "8080").replace(self.metrics_port, "8081")
+        ports = {self.port: "8080", self.metrics_port: "8081"}
+        return re.sub("|".join(ports), lambda found: ports[found[0]], text)
 
     def stop(self) -> None:
         self.process.terminate()

@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -168,10 +169,8 @@ def test_metrics_wait_for_a_worker_that_is_making_its_files(tmp_path: Path, monk
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     new = tmp_path / "counter_1.db"
     new.touch()
-    timer = threading.Timer(0.05, new.unlink)
-    timer.start()
+    monkeypatch.setattr(time, "sleep", lambda seconds: new.unlink())
     assert telemetry.all_metrics() == []
-    timer.join()
 
 
 def test_metrics_tell_what_runs(shared: MonitoredService) -> None:

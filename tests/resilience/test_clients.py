@@ -122,7 +122,9 @@ def test_clients_that_arrive_while_others_keep_the_workers_busy_are_answered(
 def latencies(service: Service, count: int) -> list[float]:
     """Return the seconds that each GET of a client took, one after the other."""
     with contextlib.closing(service.connect()) as connection:
-        return [connection.ask("GET", "/hello/Normal").seconds for _ in range(count)]
+        answers = [connection.ask("GET", "/hello/Normal") for _ in range(count)]
+    assert {answer.status for answer in answers} == {200}
+    return [answer.seconds for answer in answers]
 
 
 def trickle(port: int, opening: bytes, count: int) -> list[float]:
@@ -228,13 +230,15 @@ def test_client_that_sends_without_end_does_not_stop_the_others_of_its_worker(
         in_thread(drop_all, greedy)
         greedy.sendall(opening)
         sending = in_thread(send_until_closed, greedy, flood, done)
-        slowest = max(normal.ask("GET", "/livez").seconds for _ in range(100))
+        answers = [normal.ask("GET", "/livez") for _ in range(100)]
         growth = single_worker.pss() - before
         if is_closed:
             wait_until(sending.done, 30)
         done.set()
         sent, was_closed = sending.result(20)
+    slowest = max(answer.seconds for answer in answers)
     report(f"{sent / 1e6:.0f} MB sent; 100 requests of another meanwhile, slowest {slowest * 1000:.0f} ms")
+    assert {answer.status for answer in answers} == {200}
     assert slowest < 5  # one that starves waits for its timeout, which is 20 s
     assert growth < 40  # MB
     assert was_closed == is_closed

@@ -72,7 +72,7 @@ def test_sigterm_answers_what_was_begun_and_closes_what_is_idle(
         half = stack.enter_context(service.open_socket())
         request = b"PUT /hello/Halves HTTP/1.1\r\nHost: a\r\nContent-Length: 29\r\n\r\n" + body("1990-05-17")
         half.sendall(request[:40])
-        with Load(service, database, 32, pause=0) as load:
+        with Load(service, database, 32, pause=0, service_stops=True) as load:
             load.wait_for_answers(500)
             with database.locked(ROW_LOCK):
                 slow = in_thread(service.put, "Locked", "1991-01-01")

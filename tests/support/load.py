@@ -96,11 +96,11 @@ class Client(threading.Thread):
         self.connection = Connection(load.service.port)
         self.journal = Journal()
         self.answers: list[Answer] = []
-        self.sent = self.retried = self.refused = 0
+        self.sent = self.retried = 0
         self.defects: list[str] = []
 
     def run(self) -> None:
-        """Send until the load is over or the service refuses connections."""
+        """Send until the load is over, or until a service that stops refuses connections."""
         try:
             for number in itertools.count():
                 if self.load.done.wait(self.load.pause):
@@ -108,10 +108,9 @@ class Client(threading.Thread):
                 user = self.name + (f"Z{letters(number)}" if number % 2 == 0 else "")
                 self.put(user, date(1000, 1, 1) + timedelta(days=number))
                 self.get(user)
-        except ConnectionRefusedError:
-            self.refused += 1  # nothing listens: no request was accepted
         except Exception as error:
-            self.defects.append(f"{type(error).__name__}: {error}")
+            if not (self.load.service_stops and isinstance(error, ConnectionRefusedError)):
+                self.defects.append(f"{type(error).__name__}: {error}")
 
     def put(self, user: str, born: date) -> None:
         """Save a date and note whether it was acknowledged."""
@@ -170,6 +169,7 @@ class Load:
         clients: how many there are, each with one request at a time.
         pause: seconds between a client's rounds of a PUT and a GET.
         is_fresh: whether each request has a connection of its own.
+        service_stops: whether the service stops meanwhile; then a refused connection is the end of a client.
     """
 
     runs = itertools.count()
@@ -182,11 +182,13 @@ class Load:
         pause: float = 0.01,
         *,
         is_fresh: bool = False,
+        service_stops: bool = False,
     ) -> None:
         self.service = service
         self.database = database
         self.pause = pause
         self.is_fresh = is_fresh
+        self.service_stops = service_stops
         self.done = threading.Event()
         run = letters(next(self.runs)).capitalize()
         self.clients = [Client(self, f"Quux{run}{letters(index).capitalize()}") for index in range(clients)]
