@@ -56,9 +56,9 @@ NOT_RUN = {
     "make kind": "needs an engine and a registry: .github/workflows runs it",
     "make k8s-": "needs a cluster: make k8s-smoke in .github/workflows",
     "kubectl ": "needs a cluster; the copy of the data has a test here",
-    "sed -i 's|image": "changes a manifest: `test_images_are_renamed_as_the_page_says`",
+    "sed -i.bak": "changes a manifest: `test_images_are_renamed_as_the_page_says`",
     "ls k8s/": "needs a cluster: `test_files_for_a_managed_database_are_those_of_the_api`",
-    "$EDITOR ": "opens an editor",
+    "tr -d": "needs a cluster",
     "python hello.py": "tests/test_commands.py runs it",
     "python -m server": "it serves until it is stopped; `make run` runs it",
     "grep '\"level": "filters a log; `test_log_line_has_the_fields_that_the_page_shows` knows its form",
@@ -293,10 +293,27 @@ def run_from_page(start: str, old: str, new: str) -> list[str]:
 
 def test_images_are_renamed_as_the_page_says() -> None:
     before = (ROOT / "k8s/api-deployment.yaml").read_text().splitlines()
-    after = run_from_page("sed -i 's|image", "sed -i", "sed")
+    after = run_from_page("sed -i.bak", "sed -i.bak", "sed")
     renamed = [(old, new) for old, new in zip(before, after, strict=True) if "image: " in old]
     assert renamed
     assert all(new == old.replace("hello:", "registry.example.com/hello:") for old, new in renamed)
+
+
+def test_secret_of_the_page_has_no_line_break(tmp_path: Path) -> None:
+    (command,) = (c.text for c in commands() if c.text.startswith("tr -d"))
+    (tmp_path / "password.txt").write_text("sesame\r\n")
+    (tmp_path / "kubectl").write_text("#!/bin/sh\nexec cat\n")
+    (tmp_path / "kubectl").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PATH": path},
+    )
+    assert done.stdout == "sesame"
 
 
 def test_files_for_a_managed_database_are_those_of_the_api() -> None:

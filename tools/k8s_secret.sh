@@ -11,10 +11,10 @@ pod=$(exists pod hello-database-0)
 volume=$(exists persistentvolumeclaim data-hello-database-0)
 deployment=$(exists deployment hello-api)
 
-# The image sets the password only in an empty volume.
-if [ -z "$pod" ] && [ -n "$volume" ]; then
-  echo 'The volume data-hello-database-0 keeps its old password, and no database runs to change it.' >&2
-  echo 'First run: make k8s-apply. Or delete the volume: kubectl delete pvc data-hello-database-0' >&2
+# The image sets the password only in an empty volume. Another database has its own password.
+if [ -z "$pod" ] && [ -n "$volume$deployment" ]; then
+  echo 'No pod hello-database-0 runs, so the password cannot be changed in its database. Nothing was changed.' >&2
+  echo 'With the database of k8s/, first run make k8s-apply. Of another one, docs/kubernetes.md says how.' >&2
   exit 1
 fi
 
@@ -39,7 +39,6 @@ metadata:
     app.kubernetes.io/component: database
     app.kubernetes.io/part-of: hello
     app.kubernetes.io/managed-by: kubectl
-    cnpg.io/reload: "true"
 type: $type
 data:
   username: $(printf hello | base64)
