@@ -51,26 +51,32 @@ class Pod:
         self.folder = folder
         self.volume = volume
 
-    def arguments(self, container: Object) -> list[str]:
-        """Return the options of `docker run` for what a container may do and sees."""
+    def privileges(self, container: Object) -> list[str]:
+        """Return the options of `docker run` for what a container may do."""
         context = self.spec["securityContext"] | container["securityContext"]
-        limits = container["resources"]["limits"]
         assert context["readOnlyRootFilesystem"] and not context["allowPrivilegeEscalation"]
-        options = ["--read-only", "--security-opt", "no-new-privileges", "--network", self.network]
+        options = ["--read-only", "--security-opt", "no-new-privileges"]
         options += ["--user", f"{context['runAsUser']}:{context['runAsGroup']}"]
         options += ["--cap-drop", ",".join(context["capabilities"]["drop"])]
+        if "fsGroup" in context:
+            options += ["--group-add", str(context["fsGroup"])]
+        limits = container["resources"]["limits"]
         options += ["--memory", str(int(quantity(limits["memory"])))]
         if "cpu" in limits:
             options += ["--cpus", str(min(quantity(limits["cpu"]), os.cpu_count() or 1))]
-        if "fsGroup" in context:
-            options += ["--group-add", str(context["fsGroup"])]
+        return options
+
+    def arguments(self, container: Object) -> list[str]:
+        """Return the options of `docker run` for what a container may do and sees."""
+        options = [*self.privileges(container), "--network", self.network]
         for option in self.spec.get("dnsConfig", {}).get("options", []):
             options += ["--dns-opt", f"{option['name']}:{option['value']}"]
         for key, value in environment(container).items():
             options += ["--env", f"{key}={value}"]
         volumes = {volume["name"]: volume for volume in self.spec["volumes"]}
+        group = self.spec["securityContext"].get("fsGroup", 0)
         for mount in container["volumeMounts"]:
-            options += self.mount(volumes.get(mount["name"], {}), mount["mountPath"], context.get("fsGroup", 0))
+            options += self.mount(volumes.get(mount["name"], {}), mount["mountPath"], group)
         return options
 
     def mount(self, volume: Object, path: str, group: int) -> list[str]:
@@ -154,9 +160,8 @@ def date_of_birth(name: str) -> str:
     return f"SELECT date_of_birth FROM users WHERE username = '{name}'"
 
 
-@pytest.fixture(scope="module")
-def pods(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pod, Pod]]:
-    """Build the image of this tree and start the pods of the database and the API."""
+def skip_without_engine() -> None:
+    """Skip the test if no container engine answers, or if it does not have the database's image."""
     try:
         if docker("info", timeout=10).returncode != 0:
             pytest.skip("no container engine answers `docker info`")
@@ -164,6 +169,12 @@ def pods(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pod, Pod]]:
         pytest.skip("there is no container engine")
     if docker("image", "inspect", main_container(DATABASE_POD)["image"]).returncode != 0:
         pytest.skip("the image of the database is missing: `docker pull postgres:18`")
+
+
+@pytest.fixture(scope="module")
+def pods(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pod, Pod]]:
+    """Build the image of this tree and start the pods of the database and the API."""
+    skip_without_engine()
     prefix = f"hello-k8s-test{os.getpid()}"
     image = f"hello:{prefix}"
     subprocess.run(["make", "build", f"VERSION={prefix}"], cwd=ROOT, check=True, capture_output=True)
