@@ -2,17 +2,11 @@
 
 import os
 import resource
-import shutil
-import tempfile
-from pathlib import Path
 from typing import Any
 
-from prometheus_client.multiprocess import mark_process_dead
-
-from server import settings
+from server import metrics, settings
 
 MEMORY_FOLDER = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-METRICS_FOLDER = Path(MEMORY_FOLDER or tempfile.gettempdir()) / f"hello-metrics-{os.getpid()}"
 
 
 def bind_addresses() -> list[str]:
@@ -30,18 +24,6 @@ def on_starting(server: Any) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
-def when_ready(server: Any) -> None:
-    """Create the folder in which the workers share their metrics."""
-    shutil.rmtree(METRICS_FOLDER, ignore_errors=True)  # left by an earlier master with this process id
-    METRICS_FOLDER.mkdir(mode=0o700)
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(METRICS_FOLDER)
-
-
-def on_exit(server: Any) -> None:
-    """Remove the folder of the metrics."""
-    shutil.rmtree(METRICS_FOLDER, ignore_errors=True)
-
-
 def pre_fork(server: Any, worker: Any) -> None:
     """Give the worker the lowest free number; it continues the metrics of the last worker with that number."""
     taken = {other.number for other in server.WORKERS.values()}
@@ -54,13 +36,14 @@ def post_worker_init(worker: Any) -> None:
 
     import hello
     from server import logs
-    from server.telemetry import Telemetry
+    from server.telemetry import TelemetryMiddleware
 
     gevent.get_hub().print_exception = logs.log_uncaught  # type: ignore[method-assign, assignment]
     if settings.TELEMETRY == "on":
-        worker.wsgi = worker.telemetry = Telemetry(worker.wsgi, hello, worker.number)
+        worker.wsgi = worker.telemetry = TelemetryMiddleware(worker.wsgi, hello, worker.number, metrics.SNAPSHOTS)
 
 
-def child_exit(server: Any, worker: Any) -> None:
-    """Drop the gauges of a worker that ended; its counters stay."""
-    mark_process_dead(worker.number, METRICS_FOLDER)  # type: ignore[no-untyped-call]
+def worker_exit(server: Any, worker: Any) -> None:
+    """Keep the last counts of a worker."""
+    if worker.telemetry:
+        worker.telemetry.close()

@@ -8,18 +8,17 @@ and the lock are therefore those of the operating system.
 """
 
 import atexit
-import contextlib
 import json
 import logging
 import os
 import signal
 import traceback
 from _thread import allocate_lock, start_new_thread
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from queue import SimpleQueue
-from select import PIPE_BUF
-from time import gmtime, sleep, strftime
+from select import PIPE_BUF, POLLOUT, poll
+from time import gmtime, sleep, strftime, time
 from types import TracebackType
 from typing import Any
 
@@ -61,51 +60,31 @@ class Formatter(logging.Formatter):
         return json.dumps(entry | {"exception": location(error)} if error else entry)
 
 
-# A request's template (see below), time in seconds since 1970, duration in seconds, bytes of content, request id and
-# trace id. A plain tuple: one is made for each request.
-RequestEntry = tuple[str, float, float, int, str, str]
-
-
-def request_line(entry: RequestEntry) -> str:
-    """Return the log line of a request; the fields of the entry must not need escaping in JSON."""
-    template, moment, seconds, size, request_id, trace_id = entry
+def request_line(
+    level: str, method: str, route: str, status: str, seconds: float, size: int, request_id: str, trace_id: str
+) -> str:
+    """Return the log line of a request; no argument may need escaping in JSON."""
+    moment = timestamp(int(time() * 1000))
     if IS_TEXT:
-        trace, duration = f" trace {trace_id}" if trace_id else "", seconds * 1000
-    else:
-        trace, duration = f', "trace_id": "{trace_id}"' if trace_id else "", seconds
-    return template % (timestamp(int(moment * 1000)), duration, size, request_id, trace)
-
-
-def request_template(method: str, route: str, status: str) -> str:
-    """Return the template of the log lines of requests with this method, route and status.
-
-    The arguments must not need escaping in JSON.
-    """
-    level = request_level(status)
-    if IS_TEXT:
-        return f"%s {level:8} {method} {route} {status} %.1f ms, %d bytes, %s%s"
+        trace = f" trace {trace_id}" if trace_id else ""
+        return (
+            f"{moment} {level:8} {method} {route} {status} {seconds * 1000:.1f} ms, {size} bytes, {request_id}{trace}"
+        )
+    trace = f', "trace_id": "{trace_id}"' if trace_id else ""
     return (
-        f'{{"time": "%s", "level": "{level}", "message": "request", "method": "{method}", "route": "{route}", '
-        f'"status": {status}, "duration_seconds": %.6f, "bytes": %d, "request_id": "%s"%s}}'
+        f'{{"time": "{moment}", "level": "{level}", "message": "request", "method": "{method}", "route": "{route}", '
+        f'"status": {status}, "duration_seconds": {seconds:.6f}, "bytes": {size}, "request_id": "{request_id}"{trace}}}'
     )
-
-
-def request_level(status: str) -> str:
-    return "warning" if status.startswith("5") else "info"
-
-
-def logs_requests(status: str) -> bool:
-    """Return whether requests with this status are logged at LOG_LEVEL."""
-    return LOG.isEnabledFor(logging.getLevelName(request_level(status).upper()))
 
 
 # --- Writing ----------------------------------------------------------------------------------------
 
 
 class LineWriter:
-    """Write lines to a file descriptor in a thread; drop and count lines if too many wait.
+    """Write lines to a file descriptor in a thread; count those that are dropped.
 
-    A forked process starts with no waiting lines and a new thread.
+    A line is dropped if MAX_WAITING_LINES wait, or if it cannot be written. A forked process starts with no waiting
+    lines and a new thread.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -115,14 +94,20 @@ class LineWriter:
         atexit.register(self.close)
 
     def reset(self) -> None:
-        self.waiting: SimpleQueue[str | RequestEntry | None] = SimpleQueue()
-        self.dropped = 0
+        self.waiting: SimpleQueue[str | None] = SimpleQueue()
+        self.refused = 0  # lines that found too many waiting
+        self.failed = 0  # lines that could not be written; the thread counts them
         self.finished: Any = None  # a lock, held by the thread while it runs
 
-    def add(self, line: str | RequestEntry) -> None:
-        """Queue a line; drop it if MAX_WAITING_LINES wait."""
+    @property
+    def dropped(self) -> int:
+        """The number of lines that were lost."""
+        return self.refused + self.failed
+
+    def add(self, line: str) -> None:
+        """Queue a line."""
         if self.waiting.qsize() >= MAX_WAITING_LINES:
-            self.dropped += 1
+            self.refused += 1
             return
         self.waiting.put(line)
         if self.finished is None:
@@ -140,19 +125,31 @@ class LineWriter:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def run(self, waiting: "SimpleQueue[str | RequestEntry | None]", finished: Any) -> None:
+    def run(self, waiting: "SimpleQueue[str | None]", finished: Any) -> None:
         """Write lines until None is queued."""
         is_last = False
         while not is_last:
-            entries = [waiting.get()]
-            sleep(WRITE_SECONDS if entries[0] else 0)
-            entries += [waiting.get() for _ in range(waiting.qsize())]
-            is_last = None in entries
-            lines = [entry if isinstance(entry, str) else request_line(entry) for entry in entries if entry]
-            for piece in pieces(lines):
-                with contextlib.suppress(OSError):  # the reader is gone
-                    os.write(self.descriptor, piece)
+            lines = [waiting.get()]
+            sleep(WRITE_SECONDS if lines[0] else 0)
+            lines += [waiting.get() for _ in range(waiting.qsize())]
+            is_last = None in lines
+            for piece in pieces(line for line in lines if line):
+                self.write(piece)
         finished.release()
+
+    def write(self, piece: bytes) -> None:
+        """Write whole lines; wait while the reader of a non-blocking pipe is slow."""
+        writable = poll()
+        writable.register(self.descriptor, POLLOUT)
+        while piece:
+            try:
+                written = os.write(self.descriptor, piece)
+                piece = piece[written:]
+            except BlockingIOError:
+                writable.poll()
+            except OSError:  # the reader is gone, or the disk is full
+                self.failed += piece.count(b"\n")
+                return
 
     def close(self) -> None:
         """Write the waiting lines; give up after STOP_SECONDS."""
@@ -162,22 +159,29 @@ class LineWriter:
             finished.acquire(timeout=STOP_SECONDS)
 
 
-def pieces(lines: list[str]) -> Iterator[bytes]:
+def pieces(lines: Iterable[str]) -> Iterator[bytes]:
     """Join lines to pieces of at most PIPE_BUF bytes, which are written atomically to a pipe."""
-    piece: list[str] = []
-    size = 0
+    piece = b""
     for line in lines:
-        length = 1 + (len(line) if line.isascii() else len(line.encode(errors="backslashreplace")))
-        if piece and size + length > PIPE_BUF:
-            yield "".join(piece).encode(errors="backslashreplace")
-            piece, size = [], 0
-        piece += (line, "\n")
-        size += length
+        data = line.encode(errors="backslashreplace") + b"\n"
+        if piece and len(piece) + len(data) > PIPE_BUF:
+            yield piece
+            piece = b""
+        piece += data
     if piece:
-        yield "".join(piece).encode(errors="backslashreplace")
+        yield piece
 
 
 WRITER = LineWriter(STDOUT)
+
+
+def log_request(
+    method: str, route: str, status: str, seconds: float, size: int, request_id: str, trace_id: str
+) -> None:
+    """Queue the log line of a request; with a 5xx it is a warning."""
+    level, number = ("warning", logging.WARNING) if status.startswith("5") else ("info", logging.INFO)
+    if LOG.isEnabledFor(number):
+        WRITER.add(request_line(level, method, route, status, seconds, size, request_id, trace_id))
 
 
 class Handler(logging.Handler):

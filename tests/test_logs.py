@@ -1,10 +1,12 @@
 """Log lines: their form, what they may tell, and that writing them never stops a process."""
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
 import re
+import select
 import signal
 import sys
 import time
@@ -255,6 +257,57 @@ def test_lines_are_joined_to_pieces_that_a_pipe_takes_whole() -> None:
     found = list(logs.pieces(lines))
     assert b"".join(found).decode() == "".join(line + "\n" for line in lines)
     assert [len(piece) for piece in found] == [4004, 4004, 1001 + 3001, 3001, 3001, 5001, 2]
+
+
+@pytest.fixture
+def small_pipe() -> Iterator[tuple[int, int]]:
+    """The reading and the writing end of a pipe that holds 4 KB, and whose writer must not wait."""
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    os.set_blocking(writer, False)
+    yield reader, writer
+    os.close(reader)
+    os.close(writer)
+
+
+def test_lines_for_a_slow_reader_of_a_non_blocking_pipe_all_arrive(small_pipe: tuple[int, int]) -> None:
+    lines = [f"{number} " + "x" * 200 for number in range(200)] + ["y" * 10_000]  # the last needs several writes
+    reader, end = small_pipe
+    writer = logs.LineWriter(end)
+    for line in lines:
+        writer.add(line)
+    data = b""
+    while not data.endswith(b"y\n") and select.select([reader], [], [], 3)[0]:
+        data += os.read(reader, 300)
+    assert data.decode().splitlines() == lines
+    assert writer.dropped == 0
+
+
+def test_a_stop_while_a_non_blocking_pipe_is_full_is_bounded(small_pipe: tuple[int, int]) -> None:
+    _, end = small_pipe
+    writer = logs.LineWriter(end)
+    for _ in range(200):
+        writer.add("x" * 200)
+    start = time.monotonic()
+    writer.close()
+    assert time.monotonic() - start < logs.STOP_SECONDS + 1
+
+
+def test_lines_that_a_full_disk_refuses_are_counted() -> None:
+    with Path("/dev/full").open("wb", buffering=0) as file:
+        writer = logs.LineWriter(file.fileno())
+        for _ in range(200):
+            writer.add("x" * 200)
+        writer.close()
+        assert writer.dropped == 200
+
+
+def test_lines_that_a_full_disk_refuses_are_in_the_metrics(database: dict[str, str], tmp_path: Path) -> None:
+    prefix = ["sh", "-c", 'exec "$@" > /dev/full', "sh"]
+    with MonitoredService(tmp_path, database, prefix=prefix, WEB_CONCURRENCY="1") as service:
+        for _ in range(3):
+            assert service.ask("GET", "/nowhere").status == 404
+        wait_until(lambda: service.metrics()["log_lines_dropped_total"][()] >= 3)
 
 
 @pytest.mark.parametrize("count", [0, 1, 1000])

@@ -1,11 +1,11 @@
 """Metrics and request ids, asked of real gunicorns on a real Postgres."""
 
+import contextlib
 import os
 import re
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,8 +15,9 @@ import pytest
 
 import hello
 from server import telemetry
-from server.telemetry import Outage, reason
-from tests.support.monitored import MonitoredService
+from server.outage import Outage, reason
+from server.snapshots import Snapshots
+from tests.support.monitored import MonitoredService, PipedService
 from tests.support.network import exchange
 from tests.support.postgres import Database
 from tests.support.service import SHORT_TIMEOUTS
@@ -34,8 +35,8 @@ def service(database: dict[str, str], tmp_path: Path) -> Iterator[MonitoredServi
 
 @pytest.fixture(scope="module")
 def shared(database: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[MonitoredService]:
-    """A service for the tests that leave it as they found it."""
-    with MonitoredService(tmp_path_factory.mktemp("shared"), database) as service:
+    """A service for the tests that leave it as they found it; with one worker, whose counts are never late."""
+    with MonitoredService(tmp_path_factory.mktemp("shared"), database, WEB_CONCURRENCY="1") as service:
         yield service
 
 
@@ -70,25 +71,26 @@ def has_answers(service: MonitoredService, count: int) -> bool:
 
 def test_metrics_add_up_to_what_the_client_counted(service: MonitoredService) -> None:
     service.work()
-    assert service.requests() == service.answered
+    wait_until(lambda: service.requests() == service.answered)
     assert len(service.answered) == 10
 
 
 def test_metrics_after_a_worker_was_killed_add_up_to_what_the_client_counted(service: MonitoredService) -> None:
     service.work()
+    wait_until(lambda: service.requests() == service.answered)
     kill_a_worker(service)
     service.work()
-    assert service.requests() == service.answered
+    wait_until(lambda: service.requests() == service.answered)
 
 
 def test_durations_count_each_request_once(service: MonitoredService) -> None:
     service.work(clients=1, rounds=2)
-    counts = service.metrics()["http_request_duration_seconds_count"]
-    assert zeros_left_out(counts) == service.answered
+    wait_until(lambda: zeros_left_out(service.metrics()["http_request_duration_seconds_count"]) == service.answered)
 
 
-def test_metrics_while_workers_are_killed_under_load_lose_no_answer(service: MonitoredService) -> None:
+def test_counters_never_fall_while_workers_are_killed_under_load(service: MonitoredService) -> None:
     failures: list[Exception] = []
+    shown: list[float] = []
     done = threading.Event()
 
     def client() -> None:
@@ -98,18 +100,40 @@ def test_metrics_while_workers_are_killed_under_load_lose_no_answer(service: Mon
             except OSError as error:
                 failures.append(error)
 
-    clients = [in_thread(client) for _ in range(4)]
+    def watch() -> None:
+        while not done.is_set():
+            with contextlib.suppress(OSError):
+                shown.append(service.metrics()["http_requests_total"]["GET", HELLO, "404"])
+
+    threads = [in_thread(watch), *(in_thread(client) for _ in range(4))]
     try:
         for count in (20, 40, 60):
             wait_until(partial(has_answers, service, count))
             kill_a_worker(service)
     finally:
         done.set()
-    for future in clients:
+    for future in threads:
         future.result(30)
-    answered = service.answered["GET", HELLO, "404"]
+    assert shown == sorted(shown)
     # A worker may die between counting and answering.
-    assert answered <= service.requests()["GET", HELLO, "404"] <= answered + len(failures)
+    assert 0 < shown[-1] <= service.answered["GET", HELLO, "404"] + len(failures)
+
+
+def reload(service: MonitoredService) -> None:
+    """Have all workers replaced, and wait until they are."""
+    before = {*service.workers()}
+    service.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: len(service.workers()) == 2 and before.isdisjoint(service.workers()))
+
+
+def test_reloads_lose_no_count(service: MonitoredService) -> None:
+    for _ in range(3):  # the workers of the third generation have the numbers of the first
+        service.work(clients=1)
+        reload(service)
+    service.work(clients=1)
+    wait_until(lambda: service.requests() == service.answered)
+    assert service.metrics()["hello_workers"] == {(): 2}
+    assert service.metrics()["hello_worker_starts_total"] == {(): 8}
 
 
 def test_metrics_of_unknown_paths_share_one_name(shared: MonitoredService) -> None:
@@ -153,30 +177,38 @@ def test_metrics_after_deaths_count_the_living_workers(service: MonitoredService
     wait_until(lambda: service.metrics()["hello_workers"] == {(): 1})
 
 
-def test_the_files_of_the_metrics_do_not_grow_in_number_and_go_with_the_service(service: MonitoredService) -> None:
-    wait_until(lambda: service.metrics()["hello_workers"] == {(): 2})
-    [folder] = Path("/dev/shm").glob(f"hello-metrics-{service.process.pid}")
-    files = sorted(folder.iterdir())
-    for _ in range(2):
-        kill_a_worker(service)
-    wait_until(lambda: sorted(folder.iterdir()) == files)
-    service.process.terminate()
-    service.process.wait(20)
-    assert not folder.exists()
-
-
-def test_metrics_wait_for_a_worker_that_is_making_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
-    new = tmp_path / "counter_1.db"
-    new.touch()
-    monkeypatch.setattr(time, "sleep", lambda seconds: new.unlink())
-    assert telemetry.all_metrics() == []
-
-
 def test_metrics_tell_what_runs(shared: MonitoredService) -> None:
     version = ".".join(map(str, sys.version_info[:3]))
     [(labels, value)] = shared.metrics()["hello_build_info"].items()
     assert (sorted(labels), value) == (sorted([hello.__version__, version]), 1)
+
+
+# --- Snapshots --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def snapshots() -> Iterator[Snapshots]:
+    snapshots = Snapshots()
+    yield snapshots
+    os.close(snapshots.file)
+
+
+def test_snapshots_of_each_worker_are_the_last_that_it_wrote(snapshots: Snapshots) -> None:
+    for content in (b"first", b"second", b"x" * 100_000, b"last"):
+        snapshots.write(1, content)
+    snapshots.write(3, b"another worker's")
+    assert [snapshots.read(number) for number in snapshots.numbers()] == [b"last", b"", b"another worker's"]
+
+
+def test_snapshot_of_a_worker_that_was_killed_while_it_wrote_is_the_one_before(
+    snapshots: Snapshots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshots.write(1, b"first")
+    snapshots.write(1, b"before")
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, record, offset: write(file, record[:-1], offset))
+    snapshots.write(1, b"killed")
+    assert snapshots.read(1) == b"before"
 
 
 # --- Database ---------------------------------------------------------------------------------------
@@ -193,15 +225,15 @@ def test_metrics_of_each_statement_count_its_requests(shared: MonitoredService) 
 
 
 def test_metrics_while_statements_wait_show_the_pool_and_the_requests_in_progress(
-    postgres: Database, shared: MonitoredService
+    postgres: Database, service: MonitoredService
 ) -> None:
     def shown() -> bool:
-        metrics = shared.metrics()
+        metrics = service.metrics()
         return all(metrics[f"database_pool_{name}"]["find",] > 0 for name in ("in_use", "waiting"))
 
     def ask() -> None:
         while not done.is_set():
-            shared.ask("GET", "/hello/Zoe")
+            service.ask("GET", "/hello/Zoe")
 
     done = threading.Event()
     clients = [threading.Thread(target=ask) for _ in range(12)]
@@ -209,12 +241,12 @@ def test_metrics_while_statements_wait_show_the_pool_and_the_requests_in_progres
         for client in clients:
             client.start()
         wait_until(shown)
-        assert shared.metrics()["http_requests_in_progress"][()] > 0
+        assert service.metrics()["http_requests_in_progress"][()] > 0
         done.set()
     for client in clients:
         client.join()
-    wait_until(lambda: shared.metrics()["http_requests_in_progress"] == {(): 0})
-    metrics = shared.metrics()
+    wait_until(lambda: service.metrics()["http_requests_in_progress"] == {(): 0})
+    metrics = service.metrics()
     assert metrics["database_pool_size"] == {("find",): 2, ("save",): 2}
     assert metrics["database_pool_in_use"] == {("find",): 0, ("save",): 0}
     assert metrics["database_pool_waiting"] == {("find",): 0, ("save",): 0}
@@ -381,3 +413,33 @@ def test_a_valid_traceparent_gives_its_trace_id(sent: str) -> None:
 )
 def test_another_traceparent_gives_no_trace_id(sent: str) -> None:
     assert telemetry.trace_id_of({"HTTP_TRACEPARENT": sent}) == ""
+
+
+# --- Failures that cost figures only ----------------------------------------------------------------
+
+
+def test_a_full_disk_stops_no_worker_and_metrics_still_count(database: dict[str, str], tmp_path: Path) -> None:
+    no_file_grows = ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh"]
+    with PipedService(tmp_path, database, prefix=no_file_grows) as service:
+        assert service.ask("GET", "/hello/Nobody").status == 404
+        assert service.requests()["GET", HELLO, "404"] == 1
+        [worker] = service.workers()
+        os.kill(worker, signal.SIGKILL)
+        wait_until(lambda: service.workers() not in ([], [worker]))
+        wait_until(service.is_up)
+        assert service.metrics()["hello_workers"] == {(): 1}
+
+
+def test_the_service_has_no_file_that_others_could_remove_or_fill(database: dict[str, str], tmp_path: Path) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    with MonitoredService(tmp_path, database, TMPDIR=str(temporary)) as service:
+        service.work(clients=1, rounds=1)
+        mapped = {
+            part
+            for pid in [service.process.pid, *service.workers()]
+            for part in Path(f"/proc/{pid}/maps").read_text().split()
+            if part.startswith("/dev/shm/")
+        }
+        assert mapped == set()
+        assert [*temporary.iterdir()] == []

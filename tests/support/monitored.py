@@ -107,8 +107,10 @@ class MonitoredService(Service):
 class PipedService(MonitoredService):
     """A service with one worker whose log goes into a pipe that nobody reads until `read_log` is called."""
 
-    def __init__(self, folder: Path, environment: Mapping[str, str], **settings: str) -> None:
-        super().__init__(folder, environment, **{"WEB_CONCURRENCY": "1", **settings})
+    def __init__(
+        self, folder: Path, environment: Mapping[str, str], *, prefix: Sequence[str] = (), **settings: str
+    ) -> None:
+        super().__init__(folder, environment, prefix=prefix, **{"WEB_CONCURRENCY": "1", **settings})
         self.received = b""
 
     def __enter__(self) -> Self:
