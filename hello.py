@@ -1,33 +1,37 @@
 """Store dates of birth and tell how long it is until the birthday: a WSGI application (PEP 3333).
 
+Requests:  settings, SQL, the birthday rule, requests and responses, handlers and routing, `application`.
+Postgres:  hosts, connections, statements, batches of requests that share a statement.
+Commands:  `gunicorn hello:application` serves it; `python hello.py` does too, with the standard library's server;
+           `python hello.py init-db` applies schema.sql.
+
 PUT /hello/<username> with {"dateOfBirth": "YYYY-MM-DD"} saves or replaces it and answers 204. GET /hello/<username>
 answers {"message": "Hello, <username>! Your birthday is in N day(s)"}. ROUTES lists all paths; HEAD and OPTIONS work on
 each. Every error is {"message": "<what is wrong and what would be right>"}.
 
-Run it with `gunicorn hello:application`, or with `python hello.py` on the standard library's server; `python hello.py
-init-db` applies schema.sql. Settings are the environment variables below and those of libpq (PGHOST, PGUSER, ...).
+Settings are the environment variables below and those of libpq (PGHOST, PGUSER, ...).
 """
 
+import contextlib
+import ipaddress
 import json
 import logging
 import os
+import re
 import select
 import socket
 import sys
 import threading
 import traceback
 import unicodedata
-from collections import namedtuple
-from collections.abc import Callable, Iterable
-from concurrent import futures
-from contextlib import suppress
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator
 from datetime import date, datetime
-from functools import partial
 from http.client import responses
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from time import monotonic, sleep
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, NoReturn, TypeVar
 from wsgiref.simple_server import make_server
 from wsgiref.types import StartResponse, WSGIEnvironment
 from zoneinfo import ZoneInfo
@@ -39,58 +43,140 @@ __version__ = "1.0.0"
 
 # --- Settings ---------------------------------------------------------------------------------------
 
-Setting = namedtuple("Setting", "default unit minimum meaning maximum", defaults=[1e6])
+Value = TypeVar("Value", int, float)
+
+
+class Setting(NamedTuple):
+    """An environment variable: a number between two bounds, or a name."""
+
+    name: str
+    default: int | float | str
+    unit: str
+    minimum: float | None
+    meaning: str
+    maximum: float | None = None
+
+
 SETTINGS: dict[str, Setting] = {}
 
 
-def setting(kind: Callable[[str], Any], name: str, *declaration: Any) -> Any:
-    """Declare a setting (its name, then Setting's fields); return its value, or exit with one line if it is invalid."""
-    default, _, minimum, meaning, maximum = SETTINGS[name] = Setting(*declaration)
-    text = os.environ.get(name) or default
-    with suppress(ValueError, KeyError, OSError):  # the last two are ZoneInfo's
-        value = kind(text)
-        if not isinstance(value, int | float) or minimum <= value <= maximum:
+def number(name: str, default: Value, unit: str, minimum: float, meaning: str, maximum: float = 1_000_000) -> Value:
+    """Declare and read a number of the default's type; exit with one line if the value is wrong."""
+    SETTINGS[name] = Setting(name, default, unit, minimum, meaning, maximum)
+    text = os.environ.get(name) or str(default)
+    kind = "an integer" if isinstance(default, int) else "a number"
+    try:
+        value = type(default)(text)
+        if minimum <= float(value) <= maximum:
             return value
-    bound = f" from {minimum:g} to {maximum:.0f}" if minimum else ""
-    sys.exit(f"{name}={text!r} cannot be used: it must be the {meaning}{bound}; the default is {default}")
+    except (ValueError, OverflowError):
+        pass
+    reject(name, text, f"{kind} from {minimum:g} to {maximum:.0f}")
 
 
-HOST = setting(str, "HOST", "127.0.0.1", "", 0, "address that the service listens on")
-PORT = setting(int, "PORT", "8080", "", 1, "port of the service", 65535)
-TZ = setting(ZoneInfo, "TZ", "UTC", "", 0, "IANA time zone that decides the date of today, such as Europe/Berlin")
-DATABASE_CONNECTIONS = setting(int, "DATABASE_CONNECTIONS", "1", "", 1, "number of connections for GET, and for PUT")
-BATCH_SIZE = setting(int, "BATCH_SIZE", "100", "", 1, "number of requests that may share one statement")
-QUEUE_TIMEOUT = setting(float, "QUEUE_TIMEOUT", "1.5", "s", 0.001, "time that a request waits for a connection")
-CONNECT_TIMEOUT = setting(float, "CONNECT_TIMEOUT", "1", "s", 0.001, "time that an attempt to connect may take")
-STATEMENT_TIMEOUT = setting(float, "STATEMENT_TIMEOUT", "1", "s", 0.001, "time that Postgres may work on a statement")
-DATABASE_TIMEOUT = setting(float, "DATABASE_TIMEOUT", "3", "s", 0.001, "time for connecting and a statement together")
-INIT_TIMEOUT = setting(float, "INIT_TIMEOUT", "60", "s", 0.001, "time that init-db waits for the database")
+def time_zone(name: str, default: str, meaning: str) -> ZoneInfo:
+    """Declare and read a time zone; exit with one line if there is none with this name."""
+    SETTINGS[name] = Setting(name, default, "time zone", None, meaning)
+    text = os.environ.get(name) or default
+    try:
+        return ZoneInfo(text)
+    except (ValueError, KeyError, OSError):  # zoneinfo raises each of them for some wrong names
+        reject(name, text, "an IANA time zone such as Europe/Berlin")
+
+
+def reject(name: str, text: str, right: str) -> NoReturn:
+    """Exit with one line that names the setting and says which values are valid."""
+    sys.exit(f"{name}={text!r} must be {right}; the default is {SETTINGS[name].default}")
+
+
+TZ = time_zone("TZ", "UTC", "Time zone that decides the date of today, an IANA name such as Europe/Berlin")
+DATABASE_CONNECTIONS = number(
+    "DATABASE_CONNECTIONS", 1, "connections", 1, "Connections of a worker for reads, and as many for writes"
+)
+BATCH_SIZE = number("BATCH_SIZE", 100, "requests", 1, "Requests that may share one statement")
+QUEUE_TIMEOUT = number("QUEUE_TIMEOUT", 1.5, "seconds", 0.001, "Time a request waits for a connection")
+CONNECT_TIMEOUT = number("CONNECT_TIMEOUT", 1.0, "seconds", 0.001, "Time an attempt to connect may take")
+STATEMENT_TIMEOUT = number("STATEMENT_TIMEOUT", 1.0, "seconds", 0.001, "Time Postgres may work on a statement")
+# Not longer than a batch collects requests (JOIN_SHARE), or the queue would grow behind one locked row.
+LOCK_TIMEOUT = number("LOCK_TIMEOUT", 0.15, "seconds", 0.001, "Time a write may wait for a lock of another transaction")
+DATABASE_TIMEOUT = number("DATABASE_TIMEOUT", 3.0, "seconds", 0.001, "Time for connecting and for a statement together")
+INIT_TIMEOUT = number("INIT_TIMEOUT", 60.0, "seconds", 0.001, "Time `python hello.py init-db` waits for the database")
+
 MAX_CONTENT_BYTES = 4096
-MAX_NAME_LETTERS, MAX_NAME_BYTES = 255, 2500  # an index entry of Postgres holds at most 2,704 bytes
+MAX_NAME_LETTERS = 255
+MAX_NAME_BYTES = 2500  # an index entry of Postgres holds at most 2,704 bytes
+JOIN_SHARE = 0.1  # of QUEUE_TIMEOUT; requests may join a batch that has waited for less
+CLOCK_SECONDS = 1.0  # how old the server's time may be that a write relies on
+KEEP_OPEN_SECONDS = 5.0
+YIELD_SECONDS = 1e-6  # other threads and greenlets run
+DEFAULT_PORT = 5432
 EXAMPLE = '{"dateOfBirth": "YYYY-MM-DD"}'
-encode_json = json.JSONEncoder(ensure_ascii=False).encode
 OPENAPI = Path(__file__).with_name("openapi.yaml").read_bytes()
+SCHEMA = Path(__file__).with_name("schema.sql")
+
+
+def is_host(text: str) -> bool:
+    """Return whether libpq could take a part of PGHOST: a folder of sockets, an address, a name, or nothing."""
+    if text.startswith(("/", "@")):
+        return "\n" not in text
+    if ":" in text:
+        address = text.partition("%")[0]  # what follows is the network interface
+        return ipaddress.IPv6Address(address) is not None
+    return not re.search(r"[\s/@?#\[\]]", text)
+
+
+def check_hosts(hosts: list[str], ports: list[str]) -> None:
+    """Exit with one line if PGHOST and PGPORT can never be right; a wrong PGHOST may hold a password, so hide it."""
+    try:
+        are_hosts = all(is_host(host) for host in hosts)
+    except ValueError:  # no IPv6 address
+        are_hosts = False
+    if not are_hosts:
+        sys.exit("PGHOST must be one or more host names or addresses, with commas between them and no port or URL")
+    if len(ports) not in {1, len(hosts)}:
+        sys.exit(f"PGPORT must be one port or as many as PGHOST has hosts: {len(hosts)}")
+
+
+def postgres_hosts() -> list[str]:
+    """Return the hosts in PGHOST; one that is empty if it is not set."""
+    return os.environ.get("PGHOST", "").split(",")
+
+
+def postgres_ports() -> list[str]:
+    """Return the ports in PGPORT, one for each host or one for all; one that is empty if it is not set."""
+    return os.environ.get("PGPORT", "").split(",")
+
+
+check_hosts(postgres_hosts(), postgres_ports())
 
 # --- SQL --------------------------------------------------------------------------------------------
 
 # Each is sent as one message, which is one transaction; SET LOCAL leaves no setting in a session that PgBouncer shares.
-FIND_DATES_OF_BIRTH = (
-    "SET LOCAL statement_timeout = %s; SELECT username, date_of_birth FROM users WHERE username = ANY(%s)"
-)
-# After the given moment the SELECT divides by zero, which undoes the INSERT: a delayed write must not overwrite a later
-# acknowledged one. It follows the INSERT because the clock must be read when the rows are locked.
-SAVE_DATES_OF_BIRTH = """
-    SET LOCAL statement_timeout = %s; SET LOCAL client_min_messages = error;
-    INSERT INTO users (username, date_of_birth) VALUES {rows}
-    ON CONFLICT (username) DO UPDATE SET date_of_birth = EXCLUDED.date_of_birth;
-    SET LOCAL client_min_messages = warning;
-    SELECT 1 / (clock_timestamp() < to_timestamp(%s))::int
+FIND_DATES_OF_BIRTH = """
+    SET LOCAL statement_timeout = %s;
+    SELECT username, date_of_birth FROM users WHERE username = ANY(%s)
 """
+SAVE_DATES_OF_BIRTH = """
+    INSERT INTO users (username, date_of_birth) VALUES {rows}
+    ON CONFLICT (username) DO UPDATE SET date_of_birth = EXCLUDED.date_of_birth
+"""
+# The guard of every write. After the deadline it divides by zero, which undoes the write: a delayed write must not
+# overwrite a later acknowledged one. It follows the write, because the rows are then locked. It returns the server's
+# time. The only warning that can come is the commit's, because notices of the write itself are not sent.
+WRITE = """
+    SET LOCAL statement_timeout = %s; SET LOCAL lock_timeout = %s; SET LOCAL client_min_messages = error;
+    {statement};
+    SET LOCAL client_min_messages = warning;
+    SELECT extract(epoch FROM clock_timestamp())::float8 / (clock_timestamp() < to_timestamp(%s))::int
+"""
+READ_CLOCK = "SELECT extract(epoch FROM clock_timestamp())::float8"
 # The server's time, which server it is, and how many commits have waited for a standby for longer than some seconds.
 ON_CONNECT = """
-    SELECT extract(epoch FROM clock_timestamp())::float8, concat(inet_server_addr(), ' ', pg_postmaster_start_time()),
+    SELECT extract(epoch FROM clock_timestamp())::float8,
+        concat(inet_server_addr(), ' ', pg_postmaster_start_time()),
         (SELECT count(*) FROM pg_stat_activity WHERE usename = current_user AND wait_event = 'SyncRep'
-            AND clock_timestamp() - query_start > %s * interval '1 second')"""
+            AND clock_timestamp() - query_start > %s * interval '1 second')
+"""
 
 
 # --- Birthday rule ----------------------------------------------------------------------------------
@@ -109,73 +195,112 @@ def birthday_in(year: int, born: date) -> date:
 
 def days_until_birthday(born: date, on: date) -> int:
     """Return the days from a date to the next birthday: 0 on the day, 365 at most."""
-    return (min(day for day in (birthday_in(on.year, born), birthday_in(on.year + 1, born)) if day >= on) - on).days
+    birthday = birthday_in(on.year, born)
+    if birthday < on:
+        birthday = birthday_in(on.year + 1, born)
+    return (birthday - on).days
 
 
 # --- Requests and responses -------------------------------------------------------------------------
+Header = tuple[str, str]
+
+
 class Response(NamedTuple):
     """A status code, content and its media type (None for no content), and additional headers."""
 
     status: int
     content: bytes | None = None
     content_type: str = "application/json"
-    headers: tuple[tuple[str, str], ...] = ()
-
-
-def message_response(status: int, message: str, *headers: tuple[str, str]) -> Response:
-    """Return a response with the content {"message": ...}."""
-    return Response(status, encode_json({"message": message}).encode(), headers=headers)
+    headers: tuple[Header, ...] = ()
 
 
 class HTTPError(Exception):
-    """An error response; the arguments are those of message_response."""
+    """An error that is answered with a status, a message and additional headers."""
+
+    def __init__(self, status: int, message: str, *headers: Header) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.headers = headers
+
+
+class Unavailable(HTTPError):
+    """The database is down or slow."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "The database does not answer: try again in a second.", ("Retry-After", "1"))
+
+
+encode_json = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def message_response(status: int, message: str, *headers: Header) -> Response:
+    """Return a response with the content {"message": ...} and a line end."""
+    content = encode_json({"message": message}) + "\n"
+    return Response(status, content.encode(), headers=headers)
 
 
 def parse_username(text: str) -> str:
     """Return the username in PATH_INFO in NFC (Unicode UAX #15): a letter, then letters and marks; or 400."""
     try:
-        name = unicodedata.normalize("NFC", text.encode("latin-1").decode())  # PEP 3333: bytes as latin-1
+        decoded = text.encode("latin-1").decode()  # PEP 3333: bytes as latin-1
     except UnicodeError:
         raise HTTPError(400, "The username must be percent-encoded UTF-8.") from None
+    name = unicodedata.normalize("NFC", decoded)
     kinds = "".join([unicodedata.category(character)[0] for character in name])
-    if kinds[:1] != "L" or set(kinds) - {"L", "M"}:
+    if not kinds.startswith("L") or not set(kinds) <= {"L", "M"}:
         raise HTTPError(400, "The username must be one or more letters and nothing else.")
     if kinds.count("L") > MAX_NAME_LETTERS or len(name.encode()) > MAX_NAME_BYTES:
         raise HTTPError(400, f"The username must be at most {MAX_NAME_LETTERS} letters and {MAX_NAME_BYTES:,} bytes.")
     return name
 
 
+def content_length(environ: WSGIEnvironment) -> int | None:
+    """Return the stated Content-Length in bytes; None for chunked content, which the server ends."""
+    stated = environ.get("CONTENT_LENGTH")
+    if stated:
+        return max(0, int(stated))
+    return None if environ.get("wsgi.input_terminated") else 0
+
+
 def read_content(environ: WSGIEnvironment) -> bytes:
     """Return the content, as long as stated or (chunked) to its end: 400 if incomplete, 413 if over 4 KiB."""
-    stated = environ.get("CONTENT_LENGTH") or ("" if environ.get("wsgi.input_terminated") else "0")
     try:
-        length = max(0, min(int(stated or MAX_CONTENT_BYTES + 1), MAX_CONTENT_BYTES + 1))
-        content: bytes = environ["wsgi.input"].read(length)
+        length = content_length(environ)
+        limit = MAX_CONTENT_BYTES + 1
+        size = limit if length is None else min(length, limit)
+        content: bytes = environ["wsgi.input"].read(size)
     except Exception:  # each server has its own for a bad chunk or a closed connection
         raise HTTPError(400, "The content must be complete and well-formed.") from None
     if len(content) > MAX_CONTENT_BYTES:
         raise HTTPError(413, f"The content must be at most {MAX_CONTENT_BYTES} bytes long.")
-    if stated and len(content) < length:
+    if length is not None and len(content) < size:
         raise HTTPError(400, "The content must be as long as its Content-Length.")
     return content
 
 
 def parse_document(content: bytes) -> dict[str, Any]:
     """Return the JSON object in the content (RFC 8259); or 400."""
-    with suppress(ValueError, RecursionError):
+    if content.startswith(b"\xef\xbb\xbf"):
+        raise HTTPError(400, f"The content must not begin with a byte order mark: send {EXAMPLE}.")
+    try:
         document = json.loads(content.decode(), parse_constant=int)  # int refuses NaN and Infinity
-        if isinstance(document, dict):
-            return document
-    raise HTTPError(400, f"The content must be a JSON object in UTF-8: send {EXAMPLE}.")
+    except (ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict):
+        raise HTTPError(400, f"The content must be a JSON object in UTF-8: send {EXAMPLE}.")
+    return document
 
 
 def parse_date_of_birth(document: dict[str, Any]) -> date:
     """Return the date in {"dateOfBirth": "YYYY-MM-DD"}: a real date before today; or 400."""
-    if not isinstance(text := document.get("dateOfBirth"), str):
+    text = document.get("dateOfBirth")
+    if not isinstance(text, str):
         raise HTTPError(400, f"There is no dateOfBirth string: send {EXAMPLE}.")
-    born = None
-    with suppress(ValueError):
+    try:
         born = date.fromisoformat(text)
+    except ValueError:
+        born = None
     if born is None or born.isoformat() != text:  # fromisoformat accepts more than YYYY-MM-DD
         raise HTTPError(400, "dateOfBirth must be a real date, written YYYY-MM-DD.")
     if born >= today():
@@ -183,19 +308,27 @@ def parse_date_of_birth(document: dict[str, Any]) -> date:
     return born
 
 
-# --- Handlers, routing, application -----------------------------------------------------------------
+# --- Handlers and routing ---------------------------------------------------------------------------
 def get_hello(environ: WSGIEnvironment, username: str) -> Response:
     """Return the greeting with the days until the birthday: 200, 404."""
-    if (born := find_date_of_birth(username)) is None:
+    born = find_date_of_birth(username)
+    if born is None:
         raise HTTPError(404, "No date of birth is saved for this username: PUT it first.")
-    wish = f"Your birthday is in {days} day(s)" if (days := days_until_birthday(born, today())) else "Happy birthday!"
+    days = days_until_birthday(born, today())
+    wish = f"Your birthday is in {days} day(s)" if days else "Happy birthday!"
     return message_response(200, f"Hello, {username}! {wish}")
 
 
 def put_hello(environ: WSGIEnvironment, username: str) -> Response:
     """Save or replace a user's date of birth: 204 once Postgres has committed it, 400, 413."""
-    save_date_of_birth((username, parse_date_of_birth(parse_document(read_content(environ)))))
+    document = parse_document(read_content(environ))
+    save_date_of_birth(username, parse_date_of_birth(document))
     return Response(204)
+
+
+def get_livez(environ: WSGIEnvironment) -> Response:
+    """Return 200: the process answers."""
+    return message_response(200, "alive")
 
 
 def get_readyz(environ: WSGIEnvironment) -> Response:
@@ -204,25 +337,31 @@ def get_readyz(environ: WSGIEnvironment) -> Response:
     return message_response(200, "ready")
 
 
+def get_openapi(environ: WSGIEnvironment) -> Response:
+    """Return the description of the API (OpenAPI 3.1); RFC 9512 defines its media type."""
+    return Response(200, OPENAPI, "application/yaml")
+
+
 USER_ROUTE = "/hello/<username>"
 ROUTES: dict[str, dict[str, Callable[..., Response]]] = {
     USER_ROUTE: {"GET": get_hello, "PUT": put_hello},
-    "/livez": {"GET": lambda environ: message_response(200, "alive")},
+    "/livez": {"GET": get_livez},
     "/readyz": {"GET": get_readyz},
-    "/openapi.yaml": {"GET": lambda environ: Response(200, OPENAPI, "application/yaml")},  # RFC 9512
+    "/openapi.yaml": {"GET": get_openapi},
 }
-UNAVAILABLE = (503, "The database does not answer: try again in a second.", ("Retry-After", "1"))
 
 
 def route(environ: WSGIEnvironment) -> Response:
     """Call the handler of the path and the method, or 404, 405; put the path's template into `hello.route`."""
-    path, method = environ.get("PATH_INFO", ""), environ["REQUEST_METHOD"]
+    path = environ.get("PATH_INFO", "")
     template = USER_ROUTE if path.startswith("/hello/") else path
     if template not in ROUTES:
         raise HTTPError(404, f"This path does not exist: try {', '.join(ROUTES)}.")
     environ["hello.route"] = template
-    arguments = [parse_username(path.removeprefix("/hello/"))] if template is USER_ROUTE else []
-    if handler := ROUTES[template].get("GET" if method == "HEAD" else method):
+    arguments = [parse_username(path.removeprefix("/hello/"))] if template == USER_ROUTE else []
+    method = environ["REQUEST_METHOD"]
+    handler = ROUTES[template].get("GET" if method == "HEAD" else method)
+    if handler:
         return handler(environ, *arguments)
     methods = ", ".join(sorted({*ROUTES[template], "HEAD", "OPTIONS"}))
     if method == "OPTIONS":
@@ -230,251 +369,693 @@ def route(environ: WSGIEnvironment) -> Response:
     raise HTTPError(405, f"The method must be one of {methods}.", ("Allow", methods))
 
 
-def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-    """Answer a request (PEP 3333); an error of any kind is a response, never a 500 or a traceback."""
+def log_bug(error: Exception) -> None:
+    """Log where an exception was raised, and not its text, which may hold personal data."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    logging.getLogger("hello").error("%s in %s, line %s", type(error).__name__, place.filename, place.lineno)
+
+
+def respond(environ: WSGIEnvironment) -> Response:
+    """Return the response to a request; an exception that is no HTTPError is a bug, and 500."""
     try:
-        response = route(environ)
+        return route(environ)
     except HTTPError as error:
-        response = message_response(*error.args)
-    except Exception as error:  # a bug; its text may contain personal data, its location does not
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        logging.getLogger("hello").error("%s in %s, line %s", type(error).__name__, where.filename, where.lineno)
-        response = message_response(*UNAVAILABLE)
+        return message_response(error.status, error.message, *error.headers)
+    except Exception as error:
+        log_bug(error)
+        return message_response(500, "This is a bug of the service: its place is in the log.")
+
+
+def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    """Answer a request (PEP 3333)."""
+    response = respond(environ)
     headers = [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), *response.headers]
     if response.content is not None:
-        headers += [("Content-Type", response.content_type), ("Content-Length", str(len(response.content)))]
+        headers.append(("Content-Type", response.content_type))
+        headers.append(("Content-Length", str(len(response.content))))
     start_response(f"{response.status} {responses[response.status]}", headers)
-    return [] if response.content is None or environ["REQUEST_METHOD"] == "HEAD" else [response.content]
+    if response.content is None or environ["REQUEST_METHOD"] == "HEAD":
+        return []
+    return [response.content]
 
 
-# --- Access to Postgres -----------------------------------------------------------------------------
-
-# Errors that one row of a batch can cause (QueryCanceled: the row was locked). They undo the whole batch.
-ROW_ERRORS = (psycopg2.DataError, psycopg2.IntegrityError, errors.QueryCanceled, ValueError)
-Batch = namedtuple("Batch", "began done rows results")  # a result is that of a row, or an exception
-resolver = futures.ThreadPoolExecutor(16)
-lookups: dict[str, "futures.Future[Any]"] = {}  # of host names, at most one at a time for each
+# --- Postgres: what can go wrong --------------------------------------------------------------------
+class HostNotFound(psycopg2.OperationalError):
+    """No name server knows an address of a host in PGHOST, or none has answered in time."""
 
 
-class Connection(extensions.connection):
-    """A connection that waits for Postgres until its `deadline` (monotonic seconds) and no longer."""
+class LostConnection(psycopg2.OperationalError):
+    """The connection was lost while Postgres worked on a statement."""
 
-    offset = 0  # with which server of PGHOST the next attempt to connect begins
-    writer, writer_since = "", 0.0  # the server of the last write; connections to others must be opened after this
 
-    def __init__(self, deadline: float, dsn: str, **arguments: Any) -> None:
-        self.offset, self.deadline, self.opened = Connection.offset, deadline, monotonic()
+class LostWrite(LostConnection):
+    """The connection was lost after a write was sent: until its deadline it may still take effect."""
+
+
+class LateWrite(psycopg2.OperationalError):
+    """Postgres has undone a write because its deadline had passed."""
+
+
+class UnconfirmedWrite(psycopg2.OperationalError):
+    """Postgres has committed a write, and no synchronous standby has confirmed it."""
+
+
+class StandbyMissing(psycopg2.OperationalError):
+    """Earlier writes still wait for a synchronous standby."""
+
+
+class UnreadableRow(psycopg2.DataError):
+    """The table holds a date that Python does not have."""
+
+
+# Each of these is answered with 503. Any other exception is a bug.
+DATABASE_ERRORS = (psycopg2.Error, TimeoutError)
+# One row can cause these, and they undo the whole statement. ConnectionFailure: Citus lost the node of that row.
+ROW_ERRORS = (
+    psycopg2.DataError,
+    psycopg2.IntegrityError,
+    errors.ConnectionFailure,
+    errors.LockNotAvailable,
+    errors.QueryCanceled,
+)
+# init-db does not try again after these.
+LASTING_ERRORS = (
+    psycopg2.DataError,
+    psycopg2.IntegrityError,
+    psycopg2.NotSupportedError,
+    psycopg2.ProgrammingError,
+)
+
+
+def is_lost(error: psycopg2.Error) -> bool:
+    """Return whether an error ends its connection: libpq's have no SQLSTATE, PgBouncer's are FATAL and of class 08."""
+    if error.pgcode is None:
+        return not isinstance(error, psycopg2.ProgrammingError)  # which is a mistake of the caller
+    return error.pgcode.startswith("08") and error.diag.severity_nonlocalized == "FATAL"
+
+
+# --- Postgres: hosts --------------------------------------------------------------------------------
+class Server(NamedTuple):
+    """An address of a host in PGHOST; `hostaddr` is empty for a folder of sockets."""
+
+    host: str
+    hostaddr: str
+    port: str
+
+
+class Lookup:
+    """The lookup of a host name, in a thread that nobody has to wait for: a name server may never answer."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.addresses: list[str] = []
+        self.done = threading.Event()
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self) -> None:
+        """Look up the name."""
         try:
-            super().__init__(dsn, **arguments)
-            self.autocommit = True
-            with self.cursor() as cursor:
-                cursor.execute(ON_CONNECT, (DATABASE_TIMEOUT / 2,))  # a commit that was given up has waited that long
-                ((server_time, self.server, self.waiting_commits),) = cursor.fetchall()
-            self.host = self.info.host  # which a closed connection does not know
-            self.clock_offset = server_time - monotonic()  # from our monotonic time to the server's time
-        except BaseException:
-            self.leave()  # now, because the server could still complete the connection
+            entries = socket.getaddrinfo(self.name, None, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError):  # there is no such name
+            entries = []
+        addresses = [str(entry[4][0]) for entry in entries]
+        self.addresses = list(dict.fromkeys(addresses))
+        self.done.set()
+
+
+lookups: dict[str, Lookup] = {}  # the last one of each name
+failed_at: dict[Server, float] = {}  # monotonic seconds
+
+
+def needs_lookup(host: str) -> bool:
+    """Return whether a host is a name or an address, and not a folder of sockets."""
+    return bool(host) and not host.startswith(("/", "@"))
+
+
+def look_up(name: str) -> Lookup:
+    """Begin the lookup of a name, or return the one that has not ended."""
+    if name not in lookups or lookups[name].done.is_set():
+        lookups[name] = Lookup(name)
+    return lookups[name]
+
+
+def known_servers(found: dict[str, Lookup]) -> list[Server]:
+    """Return the servers whose addresses are known, in the order of PGHOST."""
+    hosts = postgres_hosts()
+    ports = postgres_ports()
+    if len(ports) == 1:
+        ports = ports * len(hosts)
+    servers = []
+    for host, port in zip(hosts, ports, strict=False):
+        addresses = found[host].addresses if host in found else [""]
+        servers += [Server(host, address, port) for address in addresses]
+    return servers
+
+
+def find_servers(deadline: float) -> list[Server]:
+    """Return the servers in PGHOST, those that failed last at the end; raise HostNotFound.
+
+    libpq's own lookup of names would block the process. At half of the time it goes on with the names that are known.
+    """
+    started = {host: look_up(host) for host in postgres_hosts() if needs_lookup(host)}
+    half_time = (monotonic() + deadline) / 2
+    for moment in (half_time, deadline):
+        for lookup in started.values():
+            lookup.done.wait(max(0, moment - monotonic()))
+        servers = known_servers(started)
+        if servers:
+            return sorted(servers, key=lambda server: failed_at.get(server, 0))
+    raise HostNotFound(f"PGHOST={','.join(started)} has no address")
+
+
+# --- Postgres: connections --------------------------------------------------------------------------
+class Connection:
+    """A connection to Postgres of which every wait ends at a deadline, in monotonic seconds.
+
+    Attributes:
+        opened: when it was opened, in monotonic seconds.
+        server_id: which server it leads to, and since when that server runs.
+        waiting_commits: how many commits waited for a standby when it was opened.
+        clock_offset: from monotonic time to the server's time, in seconds.
+        clock_read: when `clock_offset` was measured, in monotonic seconds.
+    """
+
+    def __init__(self, deadline: float) -> None:
+        """Connect with libpq's settings; raise TimeoutError or psycopg2.Error."""
+        names_are_libpqs = not os.environ.get("PGHOST") or os.environ.get("PGHOSTADDR")
+        self.servers = [] if names_are_libpqs else find_servers(deadline)
+        self.opened = monotonic()
+        self.connection = psycopg2.connect("", async_=True, **connection_options(self.servers))
+        self.wait(deadline)
+        # A commit that was given up has waited for half of DATABASE_TIMEOUT.
+        [(server_time, server_id, waiting)] = self.execute(ON_CONNECT, (DATABASE_TIMEOUT / 2,), deadline)
+        self.server_id: str = server_id
+        self.waiting_commits: int = waiting
+        self.note_clock(server_time)
+
+    def wait(self, deadline: float) -> None:
+        """Wait until Postgres has done what it was told; after a TimeoutError the connection is closed."""
+        try:
+            state = self.connection.poll()
+            while state != extensions.POLL_OK:
+                self.wait_for_socket(state, deadline)
+                state = self.connection.poll()
+        except psycopg2.Error:
+            raise
+        except TimeoutError:
+            self.abandon()  # now, because the server could still do it
+            raise
+        except BaseException:  # the WSGI server kills this request
+            self.close()
             raise
 
-    def leave(self) -> None:
-        """Close the connection, and begin the next attempt with the server after it."""
-        hosts = extensions.parse_dsn(self.dsn).get("host", "").split(",")
-        host = getattr(self, "host", self.info.host)  # of an attempt to connect: which libpq has come to
-        self.close()
-        Connection.offset = max(Connection.offset, self.offset + 1 + [*hosts, host].index(host))
-
-
-def wait(connection: extensions.connection) -> None:
-    """Wait, where libpq would block, until it can go on; raise TimeoutError at the connection's deadline."""
-    start, deadline = monotonic(), getattr(connection, "deadline", monotonic() + 3600)
-    while (state := connection.poll()) != extensions.POLL_OK:
-        if state not in {extensions.POLL_READ, extensions.POLL_WRITE}:
-            raise psycopg2.OperationalError("the connection failed")
+    def wait_for_socket(self, state: int, deadline: float) -> None:
+        """Wait until the socket is as psycopg2 needs it; raise TimeoutError at the deadline."""
+        events = select.POLLIN if state == extensions.POLL_READ else select.POLLOUT
         poller = select.poll()
-        poller.register(connection, select.POLLIN if state == extensions.POLL_READ else select.POLLOUT)
-        if not poller.poll(max(0, deadline - monotonic()) * 1000):
-            raise TimeoutError(f"no answer within {deadline - start:.1f} s")
+        poller.register(self.connection, events)
+        milliseconds = max(0, deadline - monotonic()) * 1000
+        if not poller.poll(milliseconds):
+            raise TimeoutError("Postgres does not answer in time")
+
+    def execute(self, statement: str, parameters: tuple[Any, ...] | None, deadline: float) -> list[tuple[Any, ...]]:
+        """Run a statement and return the rows of its last part; raise TimeoutError or psycopg2.Error."""
+        self.connection.notices.clear()
+        try:
+            with self.connection.cursor() as cursor:
+                cursor.execute(statement, parameters)
+                self.wait(deadline)
+                return cursor.fetchall() if cursor.description else []
+        except psycopg2.Error as error:
+            if not is_lost(error):
+                raise
+            self.close()
+            raise LostConnection(str(error)) from None
+
+    def warnings(self) -> list[str]:
+        """Return the warnings of the last statement."""
+        self.connection.poll()  # psycopg2 has read the commit's, and hands it over now
+        return list(self.connection.notices)
+
+    def note_clock(self, server_time: float) -> None:
+        """Keep the server's time, which it has just sent, in seconds since 1970."""
+        self.clock_read = monotonic()
+        self.clock_offset = server_time - self.clock_read
+
+    def is_open(self) -> bool:
+        """Return whether the connection can take a statement: it is not closed, and no statement is under way."""
+        try:
+            self.connection.poll()  # the server may have sent why it closes the connection
+            self.connection.poll()  # the end of what it sent is an error
+            return not self.connection.isexecuting()
+        except psycopg2.Error:
+            return False
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.connection.close()
+
+    def abandon(self) -> None:
+        """Close the connection; later attempts to connect try its server last."""
+        host, port = self.connection.info.host, self.connection.info.port
+        self.close()
+        for server in self.servers:
+            if server.host == host and int(server.port or DEFAULT_PORT) == port:
+                failed_at[server] = monotonic()
+                return  # if the host has several addresses, libpq does not tell which one it was
 
 
-def servers(deadline: float) -> dict[str, str]:
-    """Return host, hostaddr and port for libpq, whose own lookup of names would block the process."""
-    hosts, ports = (os.environ.get(name, "").split(",") for name in ("PGHOST", "PGPORT"))
-    names = {host for host in hosts if host[:1] not in {"", "/", "@"}}  # the others are sockets
-    for name in names:
-        if name not in lookups or lookups[name].done():
-            lookups[name] = resolver.submit(socket.getaddrinfo, name, None, type=socket.SOCK_STREAM)
-    started = {name: lookups[name] for name in names}
-    found: list[tuple[str, str, str]] = []
-    for moment in ((monotonic() + deadline) / 2, deadline):  # go on at half-time with what is found
-        futures.wait(started.values(), 0 if found else moment - monotonic())
-        known = {name: lookup.result() for name, lookup in started.items() if lookup.done() and not lookup.exception()}
-        addresses = {name: list(dict.fromkeys(str(entry[4][0]) for entry in known[name])) for name in known}
-        pairs = list(zip(hosts, ports * len(hosts), strict=False))
-        found = [(host, at, port) for host, port in pairs for at in addresses.get(host, [] if host in names else [""])]
-    if not found:
-        raise psycopg2.OperationalError(f"PGHOST={','.join(hosts)} has no address")
-    offset = Connection.offset % len(found)
-    lists = zip(*found[offset:], *found[:offset], strict=True)
-    return dict(zip(("host", "hostaddr", "port"), map(",".join, lists), strict=True))
+def connection_options(servers: list[Server]) -> dict[str, Any]:
+    """Return what libpq is given beside its own variables."""
+    options: dict[str, Any] = {
+        "fallback_application_name": "hello",
+        "client_encoding": "UTF8",
+        "tcp_user_timeout": milliseconds(CONNECT_TIMEOUT),
+    }
+    if servers:
+        options["host"] = ",".join([server.host for server in servers])
+        options["hostaddr"] = ",".join([server.hostaddr for server in servers])
+        options["port"] = ",".join([server.port for server in servers])
+    if len(postgres_hosts()) > 1 and not os.environ.get("PGTARGETSESSIONATTRS"):
+        options["target_session_attrs"] = "read-write"
+    return options
 
 
-def connect(until: float) -> Connection:
-    """Open a connection with libpq's settings; if a server is silent, try the next one if it can answer by `until`."""
-    deadline = min(monotonic() + CONNECT_TIMEOUT, until)
-    options: dict[str, Any] = servers(deadline) if os.environ.get("PGHOST") and not os.environ.get("PGHOSTADDR") else {}
-    options |= {"fallback_application_name": "hello", "client_encoding": "UTF8"}
-    options["tcp_user_timeout"] = round(CONNECT_TIMEOUT * 1000)
+def milliseconds(seconds: float) -> int:
+    """Return a time in the unit of Postgres' settings."""
+    return round(seconds * 1000)
+
+
+def connect(deadline: float) -> Connection:
+    """Open a connection; if a server does not answer, try again with the next one while there is time for it."""
+    while True:
+        try:
+            return Connection(min(deadline, monotonic() + CONNECT_TIMEOUT))
+        except TimeoutError:
+            if monotonic() + CONNECT_TIMEOUT > deadline:
+                raise
+
+
+class LastWrites:
+    """Which server has committed the last write of this process: reads must not go to one that writes have left."""
+
+    def __init__(self) -> None:
+        self.server_id = ""
+        self.since = 0.0  # monotonic seconds; a connection to another server must be newer
+
+    def note(self, server_id: str) -> None:
+        """Remember that a server has just committed a write."""
+        now = monotonic()
+        if server_id != self.server_id:
+            self.server_id = server_id
+            self.since = now
+        self.since = max(self.since, now - DATABASE_TIMEOUT)
+
+    def have_left(self, connection: Connection) -> bool:
+        """Return whether writes go to another server than a connection, and did so before it was opened."""
+        return connection.server_id != self.server_id and connection.opened < self.since
+
+
+last_writes = LastWrites()
+
+
+# --- Postgres: statements ---------------------------------------------------------------------------
+def find(connection: Connection, usernames: Collection[str], deadline: float) -> dict[str, date | None]:
+    """Return the date of birth of each user, None if there is none."""
+    parameters = (milliseconds(STATEMENT_TIMEOUT), list(usernames))
     try:
-        return cast(Connection, psycopg2.connect(None, partial(Connection, deadline), **options))
-    except TimeoutError:
-        if monotonic() + CONNECT_TIMEOUT > until:
-            raise
-    return connect(until)
+        rows = connection.execute(FIND_DATES_OF_BIRTH, parameters, deadline)
+    except ValueError:  # psycopg2's, of a year that Python does not have
+        raise UnreadableRow("a date of birth is not from 0001 to 9999") from None
+    found: dict[str, date | None] = dict.fromkeys(usernames)
+    found.update(rows)
+    return found
 
 
-def usable(connection: Connection | None, until: float, *, writes: bool) -> Connection:
-    """Return the connection, or a new one if its server has closed it or another server takes the writes now."""
-    if connection and connection.server != Connection.writer and connection.opened < Connection.writer_since:
-        connection.leave()
-    if connection:
-        with suppress(psycopg2.Error):  # it was closed, here or by the server
-            connection.poll()  # the server may have sent why it closes the connection
-            connection.poll()  # the end of what it sent is an error
-            return connection
-    connection = connect(until)
-    if writes and connection.waiting_commits:
-        connection.leave()
-        sleep(max(0, min(CONNECT_TIMEOUT, until - monotonic())))  # limits the rate of new connections
-        raise psycopg2.OperationalError("earlier writes still wait for a synchronous standby")
-    return connection
+def write(connection: Connection, statement: str, parameters: tuple[Any, ...], deadline: float) -> None:
+    """Run a statement that writes, at most once; return when its commit is safe.
 
-
-def find(cursor: Any, usernames: list[str]) -> list[date | None]:
-    """Return the date of birth of each username, None if there is none."""
-    cursor.execute(FIND_DATES_OF_BIRTH, (round(STATEMENT_TIMEOUT * 1000), usernames))
-    return list(map(dict(cursor.fetchall()).get, usernames))
-
-
-def save(cursor: Any, rows: list[tuple[str, date]]) -> list[None]:
-    """Save pairs of a username and a date of birth, of each username the last; sorted, so that no batches deadlock."""
-    connection, unique = cursor.connection, sorted(dict(rows).items())
-    connection.notices.clear()
-    parameters = (round(STATEMENT_TIMEOUT * 1000), *unique, connection.deadline + connection.clock_offset)
+    After an error it has no effect and will have none, but after LostWrite until the deadline, and after
+    UnconfirmedWrite.
+    """
+    if connection.waiting_commits:
+        refuse_to_write(connection, deadline)
+    if monotonic() - connection.clock_read > CLOCK_SECONDS:
+        [(server_time,)] = connection.execute(READ_CLOCK, None, deadline)
+        connection.note_clock(server_time)
+    timeouts = milliseconds(STATEMENT_TIMEOUT), milliseconds(LOCK_TIMEOUT)
+    server_deadline = deadline + connection.clock_offset
+    message = WRITE.format(statement=statement)
     try:
-        cursor.execute(SAVE_DATES_OF_BIRTH.format(rows=", ".join(["%s"] * len(unique))), parameters)
-        if not connection.notices:  # the one that can come is the commit's: no standby has confirmed it
-            since = monotonic() - (DATABASE_TIMEOUT if connection.server == Connection.writer else 0)
-            Connection.writer, Connection.writer_since = connection.server, max(since, Connection.writer_since)
-            return [None] * len(rows)
-    except psycopg2.Error as error:
-        if (error.pgcode or "08").startswith("08"):  # none from libpq, 08 from PgBouncer
-            raise ConnectionResetError("the connection was lost") from None
-        if not isinstance(error, errors.DivisionByZero):
-            raise
-    connection.close()  # the next one reads the server's clock again
-    raise psycopg2.OperationalError("the statement was late, or no standby confirmed its commit")
+        [(server_time,)] = connection.execute(message, (*timeouts, *parameters, server_deadline), deadline)
+    except LostConnection as error:
+        raise LostWrite(str(error)) from None
+    except errors.DivisionByZero:
+        connection.close()  # its clock_offset may be wrong
+        raise LateWrite("Postgres has undone a write because its deadline had passed") from None
+    except errors.ReadOnlySqlTransaction:
+        connection.abandon()
+        raise
+    if connection.warnings():
+        connection.close()  # the next one asks how many commits wait
+        raise UnconfirmedWrite("no synchronous standby has confirmed a write")
+    connection.note_clock(server_time)
+    last_writes.note(connection.server_id)
+
+
+def refuse_to_write(connection: Connection, deadline: float) -> NoReturn:
+    """Raise StandbyMissing, not too soon: each attempt costs a connection."""
+    connection.abandon()
+    pause = min(CONNECT_TIMEOUT, deadline - monotonic())
+    sleep(max(0, pause))
+    raise StandbyMissing("earlier writes still wait for a synchronous standby")
+
+
+def save(connection: Connection, dates: dict[str, date], deadline: float) -> dict[str, None]:
+    """Save the date of birth of each user."""
+    rows = sorted(dates.items())  # in one order, so that two statements do not deadlock
+    places = ", ".join(["%s"] * len(rows))
+    write(connection, SAVE_DATES_OF_BIRTH.format(rows=places), tuple(rows), deadline)
+    return dict.fromkeys(dates)
+
+
+# --- Postgres: batches ------------------------------------------------------------------------------
+class PoolTimeout(Exception):
+    """No connection of a pool has become idle in time."""
+
+
+class Slot:
+    """A place for a connection in a pool."""
+
+    def __init__(self) -> None:
+        self.connection: Connection | None = None
+
+    def ready(self, deadline: float) -> Connection:
+        """Return the connection, or a new one if there is none, its server has closed it, or writes have left it."""
+        if self.connection and last_writes.have_left(self.connection):
+            self.connection.abandon()
+        if self.connection and self.connection.is_open():
+            return self.connection
+        if self.connection:
+            self.connection.close()
+        self.connection = connect(deadline)
+        return self.connection
+
+
+class Pool:
+    """A fixed number of slots; each runs one statement at a time.
+
+    Args:
+        name: of the pool, for metrics.
+        size: the number of slots.
+    """
+
+    def __init__(self, name: str, size: int) -> None:
+        self.name = name
+        self.size = size
+        self.idle: SimpleQueue[Slot] = SimpleQueue()
+        for _ in range(size):
+            self.idle.put(Slot())
+
+    @contextlib.contextmanager
+    def slot(self, timeout: float) -> Iterator[Slot]:
+        """Lend the next idle slot; raise PoolTimeout if there is none within some seconds."""
+        try:
+            slot = self.idle.get(timeout=timeout)
+        except Empty:
+            raise PoolTimeout from None
+        try:
+            yield slot
+        finally:
+            self.idle.put(slot)
+
+    def in_use(self) -> int:
+        """Return how many slots run a statement."""
+        return self.size - self.idle.qsize()
+
+    def keep_open(self) -> None:
+        """Open the connection of each idle slot, unless it is open."""
+        for _ in range(self.size):
+            with self.slot(timeout=0) as slot:
+                connection = slot.ready(monotonic() + CONNECT_TIMEOUT)
+                if connection.waiting_commits:
+                    connection.close()  # the next one asks again
+
+
+class Batch:
+    """Requests that share a statement, at most one row for each user."""
+
+    def __init__(self) -> None:
+        self.began = monotonic()
+        self.requests = 0
+        self.rows: dict[str, Any] = {}
+        self.results: dict[str, Any] = {}  # a row without a result is answered with 503
+        self.bug: Exception | None = None  # is answered with 500
+        self.unsafe_until = 0.0  # monotonic seconds; a lost write may take effect until then
+        self.done = threading.Event()
+
+
+Operation = Callable[[Connection, dict[str, Any], float], dict[str, Any]]
+Observer = Callable[[str, int, float, Exception | None], None]
+
+
+def ignore(operation: str, requests: int, seconds: float, error: Exception | None) -> None:
+    """Observe nothing."""
 
 
 class Batcher:
     """Run one statement for all requests that wait for a connection (natural batching).
 
     The first request of a batch leads it: it takes the next idle connection, at once if there is one, and runs the
-    statement for all rows that have joined. After each statement it calls `observe(name, rows, seconds, error)`.
+    statement for all that have joined meanwhile.
+
+    Args:
+        operation: runs the statement; takes a connection, a value for each user, and a deadline in monotonic seconds;
+            returns a result for each user.
+        pool: whose connections it uses; operations that write share one.
+
+    Attributes:
+        observe: is called after each statement with the operation's name, the number of requests, the seconds that it
+            took, and its error.
     """
 
-    def __init__(self, statement: Callable[[Any, list[Any]], list[Any]]) -> None:
-        self.name, self.statement, self.slots = statement.__name__, statement, DATABASE_CONNECTIONS
-        self.observe: Callable[[str, int, float, Exception | None], None] = lambda *_: None
+    def __init__(self, operation: Operation, pool: Pool) -> None:
+        self.name = operation.__name__
+        self.operation = operation
+        self.pool = pool
+        self.observe: Observer = ignore
         self.lock = threading.Lock()
-        self.waiting: list[Batch] = []  # for a connection; rows join the last one
-        self.idle: SimpleQueue[Connection | None] = SimpleQueue()
-        for _ in range(self.slots):
-            self.idle.put(None)
+        self.waiting: list[Batch] = []  # for a connection; requests join the last one
 
-    def __call__(self, row: Any) -> Any:
-        """Return the statement's result for a row; raise HTTPError (503)."""
-        with self.lock:
-            batch = self.waiting[-1] if self.waiting else None
-            # Rows join for a tenth of QUEUE_TIMEOUT only, because all of a batch give up with its first row.
-            if not batch or len(batch.rows) >= BATCH_SIZE or monotonic() - batch.began > QUEUE_TIMEOUT / 10:
-                batch = Batch(monotonic(), threading.Event(), [], [])
-                self.waiting.append(batch)
-            index = len(batch.rows)
-            batch.rows.append(row)
-        if index == 0:
-            self.lead(batch)
+    def __call__(self, username: str, value: Any = None) -> Any:
+        """Return the operation's result for a user; raise Unavailable."""
+        batch = self.join(username, value)
         batch.done.wait()
-        if not batch.results or isinstance(batch.results[index], Exception):
-            raise HTTPError(*UNAVAILABLE)
-        return batch.results[index]
+        if batch.bug:
+            raise batch.bug
+        if username not in batch.results:
+            raise Unavailable
+        return batch.results[username]
+
+    def join(self, username: str, value: Any) -> Batch:
+        """Join the batch that waits, or begin and lead one; return it."""
+        with self.lock:
+            batch = self.open_batch()
+            batch.rows[username] = value  # of several requests for a user, the last one counts
+            batch.requests += 1
+            leads = batch.requests == 1
+        if leads:
+            self.lead(batch)
+        return batch
+
+    def open_batch(self) -> Batch:
+        """Return the batch that a request joins."""
+        if self.waiting:
+            last = self.waiting[-1]
+            # All of a batch give up when its first request has waited for QUEUE_TIMEOUT.
+            is_young = monotonic() - last.began < QUEUE_TIMEOUT * JOIN_SHARE
+            if is_young and last.requests < BATCH_SIZE:
+                return last
+        batch = Batch()
+        self.waiting.append(batch)
+        return batch
+
+    def close_batch(self, batch: Batch) -> None:
+        """Let no more requests join a batch."""
+        with self.lock:
+            if batch in self.waiting:
+                self.waiting.remove(batch)
+
+    def waiting_requests(self) -> int:
+        """Return how many requests wait for a connection."""
+        with self.lock:
+            return sum([batch.requests for batch in self.waiting])
 
     def lead(self, batch: Batch) -> None:
-        """Run a batch's statement with the next idle connection, if one becomes idle in time."""
+        """Run a batch on the next idle connection, and wake its requests."""
         try:
-            with suppress(Empty):
-                try:
-                    connection = self.idle.get(timeout=QUEUE_TIMEOUT)
-                finally:
-                    with self.lock:
-                        self.waiting.remove(batch)
-                deadline = monotonic() + DATABASE_TIMEOUT
-                try:
-                    connection, batch.results[:] = self.run(connection, batch.rows, deadline)
-                    if self.waiting and ConnectionResetError not in map(type, batch.results):
-                        batch.done.set()
-                        sleep(1e-6)  # the next requests of these clients can share the next statement
-                finally:
-                    self.idle.put(connection)
-                if ConnectionResetError in map(type, batch.results):
-                    sleep(max(0, deadline - monotonic()))  # from then on Postgres refuses the write: a 503 is final
+            self.run_when_idle(batch)
+            if batch.unsafe_until:
+                sleep(max(0, batch.unsafe_until - monotonic()))  # then a 503 is final
+        except Exception as error:
+            batch.bug = error
         finally:  # also if the WSGI server kills this request
+            self.close_batch(batch)
             batch.done.set()
 
-    def run(self, connection: Connection | None, rows: list[Any], deadline: float) -> tuple[Any, list[Any]]:
-        """Return the connection, and each row's result or error; after one of ROW_ERRORS, run row by row."""
-        start, error = monotonic(), None
+    def run_when_idle(self, batch: Batch) -> None:
+        """Wait for an idle connection and run a batch on it; without one, the batch has no results."""
         try:
-            connection = usable(connection, deadline, writes=self.statement is save)
-            connection.deadline = deadline
-            with connection.cursor() as cursor:
-                return connection, self.statement(cursor, rows)
-        except Exception as failure:  # of any kind: each request of the batch gets an answer
-            error = failure
-            if connection and isinstance(error, TimeoutError | errors.ReadOnlySqlTransaction):
-                connection.leave()
-        finally:
-            self.observe(self.name, len(rows), monotonic() - start, error)
-        results: list[Any] = [error] * len(rows)
-        for index, row in enumerate(rows if len(rows) > 1 and isinstance(error, ROW_ERRORS) else []):
+            with self.pool.slot(QUEUE_TIMEOUT) as slot:
+                self.close_batch(batch)
+                self.run(slot, batch)
+                if self.waiting and not batch.unsafe_until:
+                    batch.done.set()
+                    sleep(YIELD_SECONDS)  # the next requests of these clients can share the next statement
+        except PoolTimeout:
+            return
+
+    def run(self, slot: Slot, batch: Batch) -> None:
+        """Run a batch's statement; if one of its rows may have made it fail, run it for each row."""
+        deadline = monotonic() + DATABASE_TIMEOUT
+        is_done = self.run_rows(slot, batch, batch.rows, deadline)
+        if is_done or len(batch.rows) == 1:
+            return
+        for username, value in batch.rows.items():
             if monotonic() < deadline:
-                connection, (results[index],) = self.run(connection, [row], deadline)
-        return connection, results
+                self.run_rows(slot, batch, {username: value}, deadline)
+
+    def run_rows(self, slot: Slot, batch: Batch, rows: dict[str, Any], deadline: float) -> bool:
+        """Run the statement for some rows and keep their results; return False after an error that a row can cause."""
+        requests = batch.requests if rows is batch.rows else 1
+        try:
+            batch.results |= self.observed(slot, rows, requests, deadline)
+        except ROW_ERRORS:
+            return False
+        except LostWrite:
+            batch.unsafe_until = deadline
+        except DATABASE_ERRORS:
+            return True
+        return True
+
+    def observed(self, slot: Slot, rows: dict[str, Any], requests: int, deadline: float) -> dict[str, Any]:
+        """Return the operation's results, and call `observe`."""
+        start = monotonic()
+        try:
+            results = self.operation(slot.ready(deadline), rows, deadline)
+        except DATABASE_ERRORS as error:
+            self.observe(self.name, requests, monotonic() - start, error)
+            raise
+        self.observe(self.name, requests, monotonic() - start, None)
+        return results
 
 
-extensions.set_wait_callback(wait)
-find_date_of_birth = Batcher(find)
-save_date_of_birth = Batcher(save)
+READ_POOL = Pool("read", DATABASE_CONNECTIONS)
+WRITE_POOL = Pool("write", DATABASE_CONNECTIONS)
+find_date_of_birth = Batcher(find, READ_POOL)
+save_date_of_birth = Batcher(save, WRITE_POOL)
+POOLS = [READ_POOL, WRITE_POOL]
+BATCHERS = [find_date_of_birth, save_date_of_birth]
+
+
+def keep_connected() -> NoReturn:
+    """Open the connections of all pools, and replace those that their server closes: for a thread of its own."""
+    while True:
+        for pool in POOLS:
+            try:
+                pool.keep_open()
+            except (PoolTimeout, *DATABASE_ERRORS):
+                continue  # the requests say so
+        sleep(KEEP_OPEN_SECONDS)
+
+
+# --- init-db ----------------------------------------------------------------------------------------
+class WrongEncoding(psycopg2.NotSupportedError):
+    """The database cannot hold every name."""
+
+
+class UnusableTable(psycopg2.NotSupportedError):
+    """The statements of the service fail on the table."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text; the others may quote rows."""
+    return str(error).partition("\n")[0]
+
+
+def check_encoding(connection: Connection, deadline: float) -> None:
+    """Raise WrongEncoding unless the database is in UTF8."""
+    [(encoding,)] = connection.execute("SHOW server_encoding", None, deadline)
+    if encoding != "UTF8":
+        raise WrongEncoding(f"the database's encoding is {encoding}: create it with ENCODING 'UTF8' TEMPLATE template0")
+
+
+def try_statements(connection: Connection, deadline: float) -> None:
+    """Run the service's statements and roll them back; raise UnusableTable."""
+    username = f"init-db {uuid.uuid4()} ".ljust(MAX_NAME_BYTES, "-")  # no user's: it is not only letters
+    connection.waiting_commits = 0  # what is rolled back waits for no standby
+    connection.execute("BEGIN", None, deadline)
+    try:
+        find(connection, [username], deadline)
+        save(connection, {username: date.min}, deadline)
+    except LASTING_ERRORS as error:
+        raise UnusableTable(f"the service cannot use the table users: {first_line(error)}") from None
+    connection.execute("ROLLBACK", None, deadline)
+
+
+def apply_schema(deadline: float) -> None:
+    """Connect once, apply schema.sql, and check that the service can work with the result."""
+    connection = Connection(min(deadline, monotonic() + CONNECT_TIMEOUT))
+    try:
+        check_encoding(connection, deadline)
+        connection.execute(SCHEMA.read_text(), None, deadline)
+        try_statements(connection, deadline)
+    finally:
+        connection.close()
 
 
 def init_db() -> None:
     """Apply schema.sql once the database answers; print the reason for waiting, and exit with it after INIT_TIMEOUT."""
-    schema, deadline, reason = Path(__file__).with_name("schema.sql").read_text(), monotonic() + INIT_TIMEOUT, ""
+    names = ("PGHOST", "PGPORT", "PGDATABASE")
+    where = " ".join([f"{name}={os.environ.get(name) or 'default'}" for name in names])
+    deadline = monotonic() + INIT_TIMEOUT
+    printed = ""
     while True:
         try:
-            connection = connect(monotonic() + CONNECT_TIMEOUT)  # one attempt
-            connection.deadline = deadline
-            return connection.cursor().execute(schema)
-        except (psycopg2.Error, TimeoutError) as error:
-            where = " ".join(f"{name}={os.getenv(name) or 'default'}" for name in ("PGHOST", "PGPORT", "PGDATABASE"))
-            printed, reason = reason, f"{str(error).splitlines()[0]} ({where})"  # the other lines may quote rows
+            return apply_schema(deadline)
+        except LASTING_ERRORS as error:
+            sys.exit(f"init-db: {first_line(error)} ({where})")
+        except DATABASE_ERRORS as error:
+            reason = f"{first_line(error)} ({where})"
         if monotonic() + 1 > deadline:
             sys.exit(f"init-db: {reason}")
         if reason != printed:
             print("init-db waits:", reason, file=sys.stderr, flush=True)
+        printed = reason
         sleep(1)
 
 
-if __name__ == "__main__":
-    if sys.argv[1:] not in ([], ["init-db"]):
+# --- Commands ---------------------------------------------------------------------------------------
+def serve() -> None:
+    """Serve with the standard library's server, one request at a time, on HOST and PORT."""
+    host = os.environ.get("HOST") or "127.0.0.1"
+    port = os.environ.get("PORT") or "8080"
+    try:
+        server = make_server(host, int(port), application)
+    except (OSError, ValueError, OverflowError) as error:
+        sys.exit(f"HOST={host} PORT={port} cannot be used: {error}")
+    server.serve_forever()
+
+
+def main(arguments: list[str]) -> None:
+    """Run the command in the arguments."""
+    if arguments == ["init-db"]:
+        init_db()
+    elif not arguments:
+        serve()
+    else:
         sys.exit("usage: python hello.py [init-db]")
-    init_db() if sys.argv[1:] == ["init-db"] else make_server(HOST, PORT, application).serve_forever()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -73,7 +73,7 @@ def hello_statements(database: str) -> dict[str, str]:
     """
     os.environ["PGDATABASE"] = database
     hello.find_date_of_birth(PROBE)
-    hello.save_date_of_birth((PROBE, date(1990, 5, 17)))
+    hello.save_date_of_birth(PROBE, date(1990, 5, 17))
     return {"GET": last_message("SELECT username", database), "PUT": last_message("INSERT", database)}
 
 

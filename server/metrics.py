@@ -11,9 +11,8 @@ import json
 import platform
 import time
 from collections.abc import Iterable, Iterator
-from functools import partial
 from types import ModuleType
-from typing import Any, TypedDict
+from typing import TypedDict
 from wsgiref.types import StartResponse, WSGIEnvironment
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
@@ -66,8 +65,8 @@ class Metrics:
             "database_batch_size", "Requests served by one statement.", "operation", buckets=ROWS
         )
         self.errors = self.counter("database_errors_total", "Statements that failed.", "class")
-        self.pool_size = self.gauge("database_pool_size", "Maximum connections.", "operation")
-        self.pool_in_use = self.gauge("database_pool_in_use", "Connections that run a statement.", "operation")
+        self.pool_size = self.gauge("database_pool_size", "Maximum connections.", "pool")
+        self.pool_in_use = self.gauge("database_pool_in_use", "Connections that run a statement.", "pool")
         self.pool_waiting = self.gauge("database_pool_waiting", "Requests that wait for a connection.", "operation")
         self.counter("hello_worker_starts_total", "Workers started.").inc()
         self.gauge("hello_workers", "Running workers.").set(1)
@@ -83,12 +82,13 @@ class Metrics:
 
     def watch_pools(self, service: ModuleType) -> None:
         """Read the state of the pools of hello with each snapshot."""
-        for pool in (service.find_date_of_birth, service.save_date_of_birth):
-            self.queries.labels(pool.name)
-            self.batches.labels(pool.name)
-            self.pool_size.labels(pool.name).set(pool.slots)
-            self.pool_in_use.labels(pool.name).set_function(partial(connections_in_use, pool))
-            self.pool_waiting.labels(pool.name).set_function(partial(waiting_requests, pool))
+        for pool in service.POOLS:
+            self.pool_size.labels(pool.name).set(pool.size)
+            self.pool_in_use.labels(pool.name).set_function(pool.in_use)
+        for batcher in service.BATCHERS:
+            self.queries.labels(batcher.name)
+            self.batches.labels(batcher.name)
+            self.pool_waiting.labels(batcher.name).set_function(batcher.waiting_requests)
 
     def start_at_zero(self, user_route: str) -> None:
         """Create the series of the alerts at 0: rate() ignores a series' first value."""
@@ -101,14 +101,6 @@ class Metrics:
             self.refused.labels(status)
         for name in ("OperationalError", "QueryCanceled", "TimeoutError"):
             self.errors.labels(name)
-
-
-def connections_in_use(pool: Any) -> int:
-    return int(pool.slots - pool.idle.qsize())
-
-
-def waiting_requests(pool: Any) -> int:
-    return sum(len(batch.rows) for batch in pool.waiting)
 
 
 # --- What all workers counted -----------------------------------------------------------------------

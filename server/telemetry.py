@@ -72,7 +72,7 @@ class TelemetryMiddleware:
         self.metrics.start_at_zero(service.USER_ROUTE)
         self.metrics.in_progress.set_function(lambda: self.running)
         self.metrics.watch_pools(service)
-        for batcher in (service.find_date_of_birth, service.save_date_of_birth):
+        for batcher in service.BATCHERS:
             batcher.observe = self.statement
         self.shared = SharedMetrics(self.metrics, snapshots, number, service.__version__)
         threading.Thread(target=self.shared.share_for_ever, daemon=True).start()

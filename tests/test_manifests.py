@@ -55,7 +55,7 @@ kubernetes_validate.utils.schema_contents = functools.cache(kubernetes_validate.
 PODS = {"api": API_POD, "database": DATABASE_POD}
 API_ENVIRONMENT = environment(main_container(API_POD))
 LONGEST_REQUEST = hello.QUEUE_TIMEOUT + hello.DATABASE_TIMEOUT
-POOL_CONNECTIONS = hello.find_date_of_birth.slots + hello.save_date_of_birth.slots
+POOL_CONNECTIONS = sum(pool.size for pool in hello.POOLS)
 
 
 # --- Schemas ----------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def test_database_away_is_the_services_503_for_as_long_as_it_lasts(proxy: Proxy,
             messages.add(proxy.ask("GET", "/hello/Zoe").message)
     finally:
         database.start()
-    assert messages == {hello.UNAVAILABLE[1]}
+    assert messages == {hello.Unavailable().message}
     wait_until(lambda: proxy.put("Zoe").status == 204)
 
 

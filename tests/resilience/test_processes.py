@@ -16,7 +16,8 @@ from tests.support.service import CONNECTIONS, Service, body
 from tests.support.wait import in_thread, wait_until
 
 ROW_LOCK = "SELECT FROM users WHERE username = 'Locked' FOR UPDATE"
-PATIENT = {"QUEUE_TIMEOUT": "6", "STATEMENT_TIMEOUT": "6", "DATABASE_TIMEOUT": "6"}  # a lock makes nobody give up
+# A lock makes nobody give up.
+PATIENT = dict.fromkeys(("QUEUE_TIMEOUT", "STATEMENT_TIMEOUT", "LOCK_TIMEOUT", "DATABASE_TIMEOUT"), "6")
 GRACEFUL_TIMEOUT = 8  # seconds, the default; what ends sooner was not cut off
 
 
