@@ -9,16 +9,18 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bench.database import BARE_STATEMENTS, ROOT, hello_statements
+from bench.database import ROOT, USERS, database_name, hello_statements
 from bench.load import METHODS, Load, Sample, run_pgbench, run_wrk
 
 BIN = Path(sys.executable).parent
 GO_PATH = Path("/usr/share/gocode")  # where Debian's golang-* packages are
 START_SECONDS = 20
 STOP_SECONDS = 12
+WARM_UP_SECONDS = 2
+USER_COUNTS = (10_000, USERS, 10_000_000)
 
 ports = itertools.count(int(os.environ.get("PORT") or 18500))
 
@@ -29,11 +31,13 @@ class Contestant:
     Args:
         name: for `--only` and for progress lines.
         label: for the report, in Markdown.
-        database: the database it uses.
+        users: how many its database has.
     """
 
-    def __init__(self, name: str, label: str = "", database: str = "million") -> None:
-        self.name, self.label, self.database = name, label or name, database
+    def __init__(self, name: str, label: str = "", users: int = USERS) -> None:
+        self.name = name
+        self.label = label
+        self.users = users
 
     def start(self) -> None:
         """Start it, and return when it is ready."""
@@ -42,7 +46,7 @@ class Contestant:
         """Stop it."""
 
     def memory(self) -> float | None:
-        """Return the proportional set size of all its processes in MB (Linux), else None."""
+        """Return the memory of all its processes in MB, None if it is not known."""
         return None
 
     def run(self, load: Load) -> Sample:
@@ -51,9 +55,11 @@ class Contestant:
 
 
 class Service(Contestant):
-    """A service: a command, whose programs are those of the virtual environment, with settings in the environment.
+    """A service.
 
     Args:
+        command: a program of the virtual environment and its arguments; PORT stands for the port.
+        settings: environment variables.
         folder: where it runs, and where Python finds its modules.
     """
 
@@ -62,43 +68,54 @@ class Service(Contestant):
         name: str,
         label: str,
         command: str,
-        settings: Mapping[str, str] | None = None,
-        database: str = "million",
+        settings: dict[str, str] | None = None,
+        users: int = USERS,
         folder: Path = ROOT,
     ) -> None:
-        super().__init__(name, label, database)
+        super().__init__(name, label, users)
+        self.command = command
+        self.settings = settings or {}
         self.folder = folder
-        self.command, self.settings = command, dict(settings or {})
         self.port = 0
         self.processes: list[subprocess.Popen[bytes]] = []
-        self.seconds_to_ready = 0.0
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables of its environment."""
+        own = {"PORT": str(self.port), "METRICS_PORT": str(self.port + 200), "PYTHONPATH": str(self.folder)}
+        return os.environ | own | {"PGDATABASE": database_name(self.users)} | self.settings
 
     def start(self) -> None:
         """Start the service and a reader of its log lines; wait for the first 200."""
         self.port = next(ports)
-        settings = {"PORT": str(self.port), "METRICS_PORT": str(self.port + 200), "PYTHONPATH": str(self.folder)}
-        settings |= {"THREADS": "8", "CONNECTIONS": "8", "PGDATABASE": self.database} | self.settings
-        words = [word.replace("PORT", str(self.port)) for word in self.command.split()]
-        command = [str(BIN / words[0]), *words[1:]]
-        began = time.monotonic()
+        program, *arguments = self.command.replace("PORT", str(self.port)).split()
         service = subprocess.Popen(
-            command, cwd=self.folder, env=os.environ | settings, stdout=subprocess.PIPE, start_new_session=True
+            [BIN / program, *arguments],
+            cwd=self.folder,
+            env=self.environment(),
+            stdout=subprocess.PIPE,
+            start_new_session=True,
         )
         # Log lines go through a pipe to a reader, as with a container.
         reader = subprocess.Popen(["cat"], stdin=service.stdout, stdout=subprocess.DEVNULL)
         self.processes = [service, reader]
-        self.wait_ready(began + START_SECONDS)
-        self.seconds_to_ready = time.monotonic() - began
+        self.wait_ready()
 
-    def wait_ready(self, deadline: float) -> None:
-        """Wait for a 200; exit at the deadline or when the service ended."""
-        while True:
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/hello/Useraaaaaab", timeout=5).close()
-                return
+    def wait_ready(self) -> None:
+        """Wait for a 200; exit if it takes too long or the service ended."""
+        deadline = time.monotonic() + START_SECONDS
+        while not self.is_ready():
             if self.processes[0].poll() is not None or time.monotonic() > deadline:
                 sys.exit(f"{self.name} did not start: {self.command}")
-            time.sleep(0.005)
+            time.sleep(0.02)
+
+    def is_ready(self) -> bool:
+        """Return whether a GET of the second user is answered with a success."""
+        url = f"http://127.0.0.1:{self.port}/hello/Useraaaaaab"
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+        except OSError:
+            return False
+        return True
 
     def stop(self) -> None:
         """Stop the service, then its reader."""
@@ -113,11 +130,11 @@ class Service(Contestant):
 
     def memory(self) -> float | None:
         """Return the proportional set size of all its processes in MB (Linux), else None."""
-        if not self.processes or not Path("/proc/self/smaps_rollup").exists():
+        if not Path("/proc/self/smaps_rollup").exists():
             return None
         maps = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in process_tree(self.processes[0].pid)]
-        sizes = [re.search(r"^Pss: +(\d+)", text, re.MULTILINE) for text in maps]
-        return sum(int(size[1]) for size in sizes if size) * 1024 / 1e6
+        kilobytes = [int(size) for text in maps for size in re.findall(r"^Pss: +(\d+)", text, re.MULTILINE)]
+        return sum(kilobytes) * 1024 / 1e6
 
     def run(self, load: Load) -> Sample:
         """Load it with wrk."""
@@ -125,21 +142,11 @@ class Service(Contestant):
 
 
 class Pgbench(Contestant):
-    """pgbench with one statement a request."""
-
-    def __init__(self, name: str, label: str, database: str = "million", bare: bool = False) -> None:
-        super().__init__(name, label, database)
-        self.bare = bare
-        self.statements: Mapping[str, str] = BARE_STATEMENTS
-
-    def start(self) -> None:
-        """Find out hello's statements."""
-        if not self.bare:
-            self.statements = hello_statements(self.database)
+    """pgbench with hello's message for one row."""
 
     def run(self, load: Load) -> Sample:
-        """Run the statement of the load's method."""
-        return run_pgbench(self.database, self.statements[load.method], load)
+        """Run hello's statement for the load's method."""
+        return run_pgbench(database_name(self.users), hello_statements()[load.method], load)
 
 
 def process_tree(pid: int) -> list[int]:
@@ -151,48 +158,38 @@ def process_tree(pid: int) -> list[int]:
     return family
 
 
-def hello_service(name: str = "hello", label: str = "", database: str = "million", **settings: str) -> Service:
-    """Return hello as it ships, but for the given settings."""
-    return Service(name, label, "gunicorn hello:application", settings, database)
-
-
-GTHREAD = (
-    "gunicorn -c python:bench.peers.plain --bind 127.0.0.1:PORT --workers 2 --worker-class gthread --threads 8"
-    " --log-level warning --no-control-socket bench.peers."
-)
-GRANIAN = (
-    "granian --interface wsgi --host 127.0.0.1 --port PORT --workers 2 --blocking-threads 16 --no-ws"
-    " --log-level warning hello:application"
-)
+HELLO = "gunicorn hello:application"
+OFF = {"TELEMETRY": "off"}
 UVICORN = (
     "uvicorn --host 127.0.0.1 --port PORT --workers 2 --loop uvloop --http httptools"
     " --log-level warning --no-access-log bench.peers.fastapi_peer:application"
 )
-CONSTANT = "gunicorn bench.peers.constant:application"
+FLASK = (
+    "gunicorn -c python:bench.peers.plain --bind 127.0.0.1:PORT --workers 2 --worker-class gthread --threads 8"
+    " --log-level warning --no-control-socket bench.peers.flask_peer:application"
+)
 CONTESTANTS: list[Contestant] = [
-    hello_service("hello", "**hello, as it ships**"),
-    hello_service("hello-off", "hello, `TELEMETRY=off`", TELEMETRY="off"),
-    Service("hello-reuse-port", "hello, `gunicorn --reuse-port`", "gunicorn --reuse-port hello:application"),
+    Service("hello", "**hello, as it ships**", HELLO),
+    Service("hello-off", "hello, `TELEMETRY=off`", HELLO, OFF),
+    Service("hello-1", "hello, `BATCH_SIZE=1`: a statement a request", HELLO, {"BATCH_SIZE": "1"}),
     Service("go", "Go, net/http, pgx pool", "go_peer", {"GOMAXPROCS": "2", "CONNECTIONS": "16"}),
-    Service("fastapi", "FastAPI, asyncpg pool, uvicorn", UVICORN),
-    Service("granian", "hello's `application` under Granian", GRANIAN),
-    Service("falcon", "Falcon, psycopg2 pool, gunicorn gthread", f"{GTHREAD}falcon_peer:application"),
-    Service("flask-pool", "Flask, psycopg2 pool, gunicorn gthread", f"{GTHREAD}flask_peer:application", {"POOL": "1"}),
-    Service("flask", "Flask, a connection a request, gunicorn gthread", f"{GTHREAD}flask_peer:application"),
-    hello_service("hello-1", "hello, `BATCH_SIZE=1`", BATCH_SIZE="1"),
-    hello_service("hello-1x8", "hello, `BATCH_SIZE=1`, 8 connections", BATCH_SIZE="1", DATABASE_CONNECTIONS="8"),
-    Service("constant", "limit: a constant under hello's gunicorn", CONSTANT, {"TELEMETRY": "off"}),
-    Pgbench("pgbench-same", "limit: pgbench, hello's message for one row"),
-    Pgbench("pgbench", "limit: pgbench, the bare statement", bare=True),
+    Service("fastapi", "FastAPI, asyncpg pool, uvicorn", UVICORN, {"CONNECTIONS": "8"}),
+    Service("flask", "Flask, a connection a request, gunicorn", FLASK),
+    Service("constant", "a constant under hello's server", "gunicorn bench.peers.constant:application", OFF),
+    Pgbench("pgbench", "pgbench, hello's message for one row"),
+]
+GROWTH: list[Contestant] = [
+    contestant
+    for users in USER_COUNTS
+    if users != USERS
+    for contestant in (Service(f"hello {users}", "", HELLO, users=users), Pgbench(f"pgbench {users}", "", users))
 ]
 
 
-def available(contestants: Sequence[Contestant]) -> list[Contestant]:
-    """Return the contestants that can run here: all, or all but Go, with a line that says why."""
-    problem = build_go_peer() if any(contestant.name == "go" for contestant in contestants) else ""
-    if problem:
-        print(f"The Go peer is left out: {problem}", flush=True)
-    return [contestant for contestant in contestants if not (problem and contestant.name == "go")]
+def hello_of(folder: Path) -> Service:
+    """Return the hello of another checkout, started as its `make run` does."""
+    command = "python -m server" if (folder / "server/__main__.py").exists() else HELLO
+    return Service("hello-against", f"hello in `{folder}`", command, folder=folder.resolve())
 
 
 def build_go_peer() -> str:
@@ -201,14 +198,13 @@ def build_go_peer() -> str:
         return "it needs Go and pgx (Debian: apt-get install golang-go golang-github-jackc-pgx-v4-dev)."
     environment = os.environ | {"GO111MODULE": "off", "GOPATH": str(GO_PATH), "GOFLAGS": ""}
     command = ["go", "build", "-o", str(BIN / "go_peer"), "."]
-    done = subprocess.run(
-        command, cwd=ROOT / "bench/peers/go", env=environment, capture_output=True, text=True, check=False
-    )
+    folder = ROOT / "bench/peers/go"
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     return " ".join(done.stderr.split())
 
 
 @contextlib.contextmanager
-def running(contestants: Sequence[Contestant], warm_up_seconds: int = 1) -> Iterator[None]:
+def running(contestants: Sequence[Contestant]) -> Iterator[None]:
     """Start contestants and warm them up; stop them."""
     with contextlib.ExitStack() as stack:
         for contestant in contestants:
@@ -216,5 +212,5 @@ def running(contestants: Sequence[Contestant], warm_up_seconds: int = 1) -> Iter
             contestant.start()
         for contestant in contestants:
             for method in METHODS:
-                contestant.run(Load(method, warm_up_seconds, users=10_000))
+                contestant.run(Load(method, WARM_UP_SECONDS, contestant.users))
         yield

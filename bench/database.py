@@ -1,6 +1,7 @@
 """The Postgres server that all contestants share, its databases, and the statements of pgbench."""
 
 import contextlib
+import functools
 import os
 import re
 import subprocess
@@ -27,11 +28,6 @@ INSERT_USERS = (
     " '1930-01-01'::date + number % 32000 FROM generate_series(1, {users}) AS number"
 )
 PROBE = "Userprobe"
-BARE_STATEMENTS = {
-    "GET": "SELECT date_of_birth FROM users WHERE username = '{}';\n",
-    "PUT": "INSERT INTO users (username, date_of_birth) VALUES ('{}', '1990-05-17')"
-    " ON CONFLICT (username) DO UPDATE SET date_of_birth = EXCLUDED.date_of_birth;\n",
-}
 
 
 @contextlib.contextmanager
@@ -54,36 +50,42 @@ def psql(statement: str, database: str = "postgres") -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def create_database(database: str, users: int) -> None:
+def database_name(users: int) -> str:
+    """Return the name of the database with so many users."""
+    return f"users_{users}"
+
+
+def create_database(users: int) -> None:
     """Create a database with this many users, vacuumed and written to disk."""
     began = time.monotonic()
-    psql(f"CREATE DATABASE {database}")
-    environment = os.environ | {"PGDATABASE": database}
+    name = database_name(users)
+    psql(f"CREATE DATABASE {name}")
+    environment = os.environ | {"PGDATABASE": name}
     subprocess.run([sys.executable, str(ROOT / "hello.py"), "init-db"], check=True, env=environment)
-    psql(INSERT_USERS.format(users=users), database)
-    psql("VACUUM ANALYZE users", database)
-    psql("CHECKPOINT", database)
+    psql(INSERT_USERS.format(users=users), name)
+    psql("VACUUM ANALYZE users", name)
+    psql("CHECKPOINT", name)
     print(f"loaded {users:,} users in {time.monotonic() - began:.1f} s", flush=True)
 
 
-def hello_statements(database: str) -> dict[str, str]:
+@functools.cache
+def hello_statements() -> dict[str, str]:
     """Return by method the message that hello sends for one row, as a pgbench script with {} for the username.
 
     Postgres itself shows the message, so that it cannot differ from hello's.
     """
-    os.environ["PGDATABASE"] = database
+    os.environ["PGDATABASE"] = database_name(USERS)
     hello.find_date_of_birth(PROBE)
     hello.save_date_of_birth(PROBE, date(1990, 5, 17))
-    return {"GET": last_message("SELECT username", database), "PUT": last_message("INSERT", database)}
+    return {"GET": last_message("SELECT username"), "PUT": last_message("INSERT")}
 
 
-def last_message(part: str, database: str) -> str:
+def last_message(part: str) -> str:
     """Return the message with this part that hello sent for PROBE, as a pgbench script."""
     condition = f"application_name = 'hello' AND strpos(query, '{PROBE}') > 0 AND strpos(query, '{part}') > 0"
-    query = psql(f"SELECT query FROM pg_stat_activity WHERE {condition} LIMIT 1", database)
+    query = psql(f"SELECT query FROM pg_stat_activity WHERE {condition} LIMIT 1")
     message = " ".join(query.split()).rstrip("; ")
-    message = re.sub(
-        r"to_timestamp\([\d.]+\)", "to_timestamp(4102444800.5)", message
-    )  # it does not expire during the run
+    # It must not expire during the run.
+    message = re.sub(r"to_timestamp\([\d.]+\)", "to_timestamp(4102444800.5)", message)
     # pgbench sends statements that end with `\;` in one message.
     return message.replace("{", "{{").replace("}", "}}").replace(PROBE, "{}").replace(";", " \\;") + ";\n"

@@ -8,30 +8,28 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.database import LETTERS, USERS
+from bench.database import LETTERS
 from tools.embedded_postgres import binaries
 
 METHODS = ("GET", "PUT")
 CLIENTS = 32
 SCRIPT = Path(__file__).with_name("requests.lua")
 PGBENCH_SCRIPTS = 100  # pgbench takes at most 128
-STATEMENTS_A_SCRIPT = 100
+STATEMENTS_A_SCRIPT = 10
 
 seeds = itertools.count(time.time_ns() % 1_000_000)
 
 
 class Load(NamedTuple):
-    """What is sent: a method, for some seconds, by so many clients, for random ones of so many users."""
+    """What CLIENTS clients send: a method, for some seconds, for random ones of so many users."""
 
     method: str
     seconds: int
-    clients: int = CLIENTS
-    users: int = USERS
-    pause: float = 0  # mean pause of a client after each response, in ms
+    users: int
 
 
 class Sample(NamedTuple):
@@ -42,17 +40,17 @@ class Sample(NamedTuple):
 
 
 class Samples(list[Sample]):
-    """The samples of one case, one a round."""
-
-    @property
-    def rate(self) -> float:
-        """The median rate."""
-        return statistics.median(sample.rate for sample in self)
+    """The samples of one contestant and method, one a round."""
 
     @property
     def rates(self) -> list[float]:
         """All rates, in the order of the rounds."""
         return [sample.rate for sample in self]
+
+    @property
+    def rate(self) -> float:
+        """The median rate."""
+        return statistics.median(self.rates)
 
     @property
     def p99(self) -> float | None:
@@ -63,11 +61,11 @@ class Samples(list[Sample]):
 
 def run_wrk(name: str, port: int, load: Load) -> Sample:
     """Load a service on a port; exit if any response was not a success."""
-    command = ["wrk", "-t1", f"-c{load.clients}", f"-d{load.seconds}s", "--timeout", "10s", "-s", str(SCRIPT)]
-    command += [f"http://127.0.0.1:{port}", "--", load.method, str(load.users), str(load.pause), str(next(seeds))]
+    command = ["wrk", "-t1", f"-c{CLIENTS}", f"-d{load.seconds}s", "--timeout", "10s", "-s", str(SCRIPT)]
+    command += [f"http://127.0.0.1:{port}", "--", load.method, str(load.users), str(next(seeds))]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    result = re.search("^RESULT (.*)", output, re.MULTILINE)
-    requests, duration, p99, errors = map(int, result[1].split()) if result else (0, 1, 0, 1)
+    result = re.search(r"^RESULT (\d+) (\d+) (\d+) (\d+)$", output, re.MULTILINE)
+    requests, duration, p99, errors = map(int, result.groups()) if result else (0, 1, 0, 1)
     if errors or not requests:
         sys.exit(f"{name}: not every {load.method} succeeded\n{output}")
     return Sample(requests / duration * 1e6, p99 / 1000)
@@ -76,9 +74,9 @@ def run_wrk(name: str, port: int, load: Load) -> Sample:
 def run_pgbench(database: str, statement: str, load: Load) -> Sample:
     """Run a statement for random users, which stand in the scripts, with the simple protocol as hello does."""
     with tempfile.TemporaryDirectory() as folder:
-        scripts = list(write_scripts(Path(folder), statement, load.users))
-        command = [str(binaries() / "pgbench"), "-n", "-M", "simple", "-j1", f"-c{load.clients}", f"-T{load.seconds}"]
-        command += [word for script in scripts for word in ("-f", str(script))]
+        command = [str(binaries() / "pgbench"), "-n", "-M", "simple", "-j1", f"-c{CLIENTS}", f"-T{load.seconds}"]
+        for script in write_scripts(Path(folder), statement, load.users):
+            command += ["-f", str(script)]
         output = subprocess.run([*command, database], check=True, capture_output=True, text=True).stdout
     found = re.search(r"tps = ([\d.]+)", output)
     if not found or not re.search("failed transactions: 0 ", output):
@@ -86,7 +84,7 @@ def run_pgbench(database: str, statement: str, load: Load) -> Sample:
     return Sample(float(found[1]) * STATEMENTS_A_SCRIPT)
 
 
-def write_scripts(folder: Path, statement: str, users: int) -> Iterable[Path]:
+def write_scripts(folder: Path, statement: str, users: int) -> Iterator[Path]:
     """Write pgbench's scripts, and yield their paths."""
     dice = random.Random(next(seeds))
     for number in range(PGBENCH_SCRIPTS):

@@ -1,11 +1,11 @@
--- GET or PUT of random users for wrk. Arguments: method, number of users, mean pause in ms, seed.
+-- GET or PUT of random users for wrk. Arguments: method, number of users, seed.
 -- A username is "User" and seven digits, written as the letters a to j.
 
 local LETTERS = {}
 for digit = 0, 9 do LETTERS[tostring(digit)] = string.char(97 + digit) end
 
 function init(arguments)
-  local method, users, pause, seed = arguments[1], tonumber(arguments[2]), tonumber(arguments[3]), arguments[4]
+  local method, users, seed = arguments[1], tonumber(arguments[2]), arguments[3]
   math.randomseed(tonumber(seed))
   local host = "\r\nHost: " .. wrk.headers["Host"] .. "\r\n"
 
@@ -15,10 +15,6 @@ function init(arguments)
     local born = string.format("%d-%02d-%02d", math.random(1930, 2020), math.random(1, 12), math.random(1, 28))
     return "PUT /hello/" .. name .. " HTTP/1.1" .. host .. "Content-Type: application/json\r\nContent-Length: 29\r\n\r\n"
       .. '{"dateOfBirth": "' .. born .. '"}'
-  end
-
-  if pause > 0 then  -- exponentially distributed, so that the clients are not in step
-    function delay() return math.floor(-pause * math.log(1 - math.random()) + 0.5) end
   end
 end
 

@@ -22,7 +22,6 @@ import pytest
 import yaml
 
 import hello
-from bench.report import README_BLOCK, readme_table
 from server import outage, settings
 from tests.support.network import free_port
 from tests.support.postgres import Database
@@ -412,12 +411,6 @@ def test_readme_says_what_the_first_start_downloads() -> None:
     assert f"downloads about {downloaded} MB" in readme
     assert f"unpacks {unpacked} MB" in readme
     assert f"downloads {environment.SIZES['dev'][0]} MB" in readme
-
-
-def test_speed_in_the_readme_is_that_of_the_report() -> None:
-    report = (ROOT / "bench" / "results.md").read_text().splitlines()
-    assert README_BLOCK.findall((ROOT / "README.md").read_text()) == [readme_table(report)]
-    assert readme_table(report).count("\n") == 4
 
 
 def test_readme_is_short() -> None:

@@ -1,6 +1,5 @@
-"""Flask: with a connection a request, as its tutorial does, or (POOL=1) with psycopg2's pool."""
+"""Flask with a connection a request, as its tutorial does."""
 
-import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import Any
@@ -19,19 +18,13 @@ def new_connection() -> Iterator[Any]:
         yield cursor
 
 
-if os.environ.get("POOL"):
-    from bench.peers.pool import cursor
-else:
-    cursor = new_connection
-
-
 @application.get("/hello/<username>")
 def get_hello(username: str) -> Any:
     if not is_username(username):
         return BAD_USERNAME, 400
-    with cursor() as database:
-        database.execute(FIND, (username,))
-        row = database.fetchone()
+    with new_connection() as cursor:
+        cursor.execute(FIND, (username,))
+        row = cursor.fetchone()
     return greeting(username, row[0]) if row else (NOT_FOUND, 404)
 
 
@@ -43,6 +36,6 @@ def put_hello(username: str) -> Any:
     born = parse_date(document.get("dateOfBirth") if isinstance(document, dict) else None)
     if born is None:
         return BAD_DATE, 400
-    with cursor() as database:
-        database.execute(SAVE, (username, born))
+    with new_connection() as cursor:
+        cursor.execute(SAVE, (username, born))
     return "", 204
