@@ -20,6 +20,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from webtest import TestApp
 
 import hello
 from tests.support.network import LOOPBACK, Response, free_port, read_all, responses
@@ -54,6 +55,7 @@ REQUESTS = {
     "notUtf8": Request(path="/hello/%FF"),
     "tooLong": Request("a" * 256),
     "neverSaved": Request("Nobody"),
+    "byteOrderMark": Request(content=json.dumps(USUAL).encode("utf-8-sig")),
     "notJson": Request(content=b"dateOfBirth=1990-05-17"),
     "notAnObject": Request(content=b'"1990-05-17"'),
     "noDateOfBirth": Request(content=b'{"dateOfBirth": 19900517}'),
@@ -269,6 +271,7 @@ def test_example_of_a_response_is_what_its_request_gets(
     assert response.status == example.status
     check(response, method, example.response)
     assert method == "HEAD" or json.loads(response.content) == example.value
+    assert method == "HEAD" or response.content.endswith(b"}\n")
 
 
 @pytest.mark.parametrize("example", EXAMPLES_OF_PROTOCOL_ERRORS, ids=lambda example: example.name)
@@ -279,6 +282,17 @@ def test_example_of_a_protocol_error_is_what_its_bytes_get(services: dict[str, S
     assert response.status == example.status
     check(response, "GET", PROTOCOL_ERROR)
     assert json.loads(response.content) == example.value
+
+
+def test_example_of_a_bug_is_what_a_bug_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(environ: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(hello.ROUTES, "/livez", {"GET": fail})
+    response = TestApp(hello.application).get("/livez", status=500)
+    (example,) = examples("500", COMPONENTS["responses"]["Bug"])
+    assert response.json == example.value
+    assert "Retry-After" not in response.headers
 
 
 def examples_of_requests() -> Iterator[Any]:
