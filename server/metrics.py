@@ -81,18 +81,17 @@ class Metrics:
         return Gauge(name, text, labels, registry=self.registry)
 
     def watch_pools(self, service: ModuleType) -> None:
-        """Read the state of the pools of hello with each snapshot."""
+        """Read the state of the pools of hello with each snapshot, and the number of requests that wait for them."""
         for pool in service.POOLS:
             self.pool_size.labels(pool.name).set(pool.size)
             self.pool_in_use.labels(pool.name).set_function(pool.in_use)
         for batcher in service.BATCHERS:
-            self.queries.labels(batcher.name)
-            self.batches.labels(batcher.name)
             self.pool_waiting.labels(batcher.name).set_function(batcher.waiting_requests)
 
     def start_at_zero(self, user_route: str) -> None:
         """Create the series of the alerts at 0: rate() ignores a series' first value."""
         series = [("GET", user_route, status) for status in ("200", "400", "404", "500", "503")]
+        series += [("HEAD", user_route, "500")]
         series += [("PUT", user_route, status) for status in ("204", "400", "500", "503")]
         series += [("GET", "/readyz", status) for status in ("200", "500", "503")]
         for labels in series:

@@ -24,6 +24,8 @@ METHODS = {method.value for method in HTTPMethod}
 UNMATCHED = "unmatched"  # the route of an unknown path
 PROBES = {"/livez", "/readyz"}  # counted, not logged: probes repeat every few seconds
 
+Observe = Callable[[float], None]  # of a series; prometheus_client finds a series by its labels slowly
+
 REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,128}")
 # W3C Trace Context, section 3.2: version ff and ids of zeros are invalid, and only later versions may say more.
 TRACEPARENT = re.compile(
@@ -66,13 +68,16 @@ class TelemetryMiddleware:
     def __init__(self, application: WSGIApplication, service: ModuleType, number: int, snapshots: Snapshots) -> None:
         self.application = application
         self.running = 0
-        self.observers: dict[tuple[str, str, str], Callable[[float], None]] = {}
+        self.observers: dict[tuple[str, str, str], Observe] = {}
         self.outage = Outage()
         self.metrics = Metrics()
         self.metrics.start_at_zero(service.USER_ROUTE)
         self.metrics.in_progress.set_function(lambda: self.running)
         self.metrics.watch_pools(service)
+        self.statements: dict[str, tuple[Observe, Observe]] = {}
         for batcher in service.BATCHERS:
+            histograms = self.metrics.queries.labels(batcher.name), self.metrics.batches.labels(batcher.name)
+            self.statements[batcher.name] = histograms[0].observe, histograms[1].observe
             batcher.observe = self.statement
         self.shared = SharedMetrics(self.metrics, snapshots, number, service.__version__)
         threading.Thread(target=self.shared.share_for_ever, daemon=True).start()
@@ -108,7 +113,7 @@ class TelemetryMiddleware:
         """Count a request."""
         key = method, route, status
         observer = self.observers.get(key)
-        if observer is None:  # prometheus_client finds a series by its labels slowly
+        if observer is None:
             observer = self.observers[key] = self.metrics.durations.labels(*key).observe
         observer(seconds)
         if status == "503":
@@ -123,8 +128,9 @@ class TelemetryMiddleware:
 
     def statement(self, operation: str, rows: int, seconds: float, error: Exception | None) -> None:
         """Count a statement; log the begin and the end of an outage."""
-        self.metrics.queries.labels(operation).observe(seconds)
-        self.metrics.batches.labels(operation).observe(rows)
+        observe_seconds, observe_rows = self.statements[operation]
+        observe_seconds(seconds)
+        observe_rows(rows)
         if error is not None:
             self.metrics.errors.labels(type(error).__name__).inc()
             self.outage.failure(operation, error, time.monotonic())

@@ -181,6 +181,26 @@ def test_an_exception_that_nothing_caught_is_logged_without_its_text(database: d
         assert "Quetzalcoatl" not in service.log_text()
 
 
+def test_a_bug_is_a_500_that_is_counted_and_whose_place_is_logged(database: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("""if True:
+        import hello
+        def get_hello(environ, username):
+            raise RuntimeError(username)
+        hello.ROUTES[hello.USER_ROUTE]["GET"] = get_hello
+        application = hello.application
+    """)
+    prefix = ["sh", "-c", 'exec "$1" broken:application', "sh"]
+    with MonitoredService(tmp_path, database, prefix=prefix, PYTHONPATH=str(tmp_path)) as service:
+        assert service.ask("GET", "/hello/Quetzalcoatl").status == 500
+        [place] = service.wait_for_lines(1, "RuntimeError")
+        assert place["level"] == "error"
+        assert re.search(r"broken\.py\D+4$", place["message"])
+        [request] = service.wait_for_lines(1)
+        assert (request["level"], request["status"]) == ("warning", 500)
+        wait_until(lambda: service.requests().get(("GET", HELLO, "500")) == 1)
+        assert "Quetzalcoatl" not in service.log_text()
+
+
 # --- Writing ----------------------------------------------------------------------------------------
 
 
