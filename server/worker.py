@@ -3,65 +3,65 @@
 Differences from gunicorn's own gevent worker, each with a test in tests/test_server.py or tests/resilience:
 - Each phase of a connection (idle, head, content, sending) has a time limit of its own.
 - Protocol errors are JSON, and no part of a request is in them or in the log.
-- A worker that stops lets open requests finish, closes idle connections and resets none.
+- A worker that stops answers what has arrived, closes idle connections and resets none.
 - A connection is closed in a way that does not destroy the response that was just sent.
 
-It serves applications that return their content as a list and do not call `write`, as hello does. gunicorn's settings
-and hooks about requests (limit_request_*, keepalive, max_requests, access log, pre_request) have no effect.
+It serves applications that return their content as a list and do not call `write`, as hello does. server/options.py
+refuses the options of gunicorn that have no effect on it.
 """
 
+import fcntl
+import math
 import signal
 import socket
 import struct
 import sys
-from collections.abc import Callable, Iterable
+import termios
+from collections.abc import Callable
 from contextlib import suppress
 from email.utils import formatdate
 from enum import Enum, auto
 from functools import lru_cache
-from http import HTTPStatus
 from time import monotonic, time
-from typing import Any, NoReturn, Protocol
-from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+from typing import TYPE_CHECKING, Any, NoReturn
+from wsgiref.types import WSGIEnvironment
 
 import gevent
+from gevent.pool import Pool
 from gunicorn.arbiter import Arbiter
 from gunicorn.workers import ggevent
 
 from server import settings
 from server.listener import Listener
-from server.parser import ProtocolError, RequestParser, bad_content
+from server.parser import BAD_CONTENT, LATE, ProtocolError, Request
+
+if TYPE_CHECKING:
+    from server.telemetry import TelemetryMiddleware
 
 READ = 1  # the event of gevent's watchers
 RECEIVE_BYTES = 8192
 DRAIN_SECONDS = 1  # a connection that is being closed is read for this long
-STOPPING_IDLE_SECONDS = 1  # a stopping worker keeps idle connections for this long
+STOPPING_IDLE_SECONDS = 1  # a stopping worker keeps idle connections for this long: a request may be on its way
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # a struct linger: l_onoff, l_linger
-SWEEP_SECONDS = 0.1  # between two checks of the deadlines
+SWEEP_SECONDS = 0.1  # between two checks of the time limits
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGQUIT, signal.SIGINT}
-
-SERVER_METHODS = "GET, HEAD, OPTIONS, PUT"  # the Allow of `OPTIONS *`
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 Headers = list[tuple[str, str]]
 
 
-class Telemetry(Protocol):
-    """Counts and logs protocol errors; requests are counted by a wrapper around the application."""
-
-    def protocol_error(self, method: str, status: int, size: int) -> str:
-        """Count and log a protocol error with the size of its response in bytes; return its X-Request-Id."""
-
-
 class Phase(Enum):
-    """What a connection waits for."""
+    """What a connection does."""
 
-    IDLE = auto()  # the next request
-    REQUEST = auto()  # the rest of a request
+    IDLE = auto()  # it waits for the next request
+    HEAD = auto()  # it waits for the rest of a head
+    CONTENT = auto()  # it waits for the rest of the content
     APPLICATION = auto()
     SEND = auto()
+    CLOSE = auto()
 
 
-IDLE, REQUEST, APPLICATION, SEND = Phase
+IDLE, HEAD, CONTENT, APPLICATION, SEND, CLOSE = Phase
 
 
 @lru_cache(maxsize=64)
@@ -76,39 +76,31 @@ def write(data: bytes) -> NoReturn:
     raise NotImplementedError("return the content instead")
 
 
-def with_server_options(application: WSGIApplication) -> WSGIApplication:
-    """Answer `OPTIONS *`, which asks about the server (RFC 9110, section 9.3.7); pass on other requests."""
-
-    def answer(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        if environ["PATH_INFO"] != "*":
-            return application(environ, start_response)
-        start_response("204 No Content", [("Cache-Control", "no-store"), ("Allow", SERVER_METHODS)])
-        return []
-
-    return answer
-
-
-class Connection:
-    """A client's connection: its requests are answered one after the other."""
+class ClientConnection:
+    """A client's connection: its requests are read and answered one after the other."""
 
     def __init__(self, worker: "Worker", client: Any) -> None:
         self.worker = worker
         self.socket = client
         self.readable = gevent.get_hub().loop.io(client.fileno(), READ)
-        self.parser = RequestParser(worker.common_environ(client.getsockname()))
-        self.phase = IDLE
-        self.deadline = monotonic() + settings.KEEPALIVE_TIMEOUT  # of the phase; APPLICATION has none
-        self.is_late = False  # a deadline has passed
+        self.common = worker.common_environ(client.getsockname())
+        self.request = Request(self.common)
+        self.unread = b""  # what has arrived behind the request
+        self.is_late = False  # a time limit has passed
+        self.enter(IDLE, settings.KEEPALIVE_TIMEOUT)
+
+    def enter(self, phase: Phase, limit: float) -> None:
+        """Begin a phase with a time limit in seconds."""
+        self.phase = phase
+        self.since = monotonic()
+        self.limit = limit
 
     def serve(self) -> None:
         """Serve requests until either side closes."""
         try:
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            try:
-                self.serve_requests()
-            finally:
-                self.parser.close()
-            self.close_gently()
+            self.serve_requests()
+            if self.phase is SEND:
+                self.close_gently()
         except OSError:
             pass  # the client went away
         finally:
@@ -117,47 +109,53 @@ class Connection:
 
     def serve_requests(self) -> None:
         """Read requests and answer them."""
-        parser = self.parser
-        while not parser.is_closed and (data := self.receive()):
-            parser.feed(data)
-            while parser.complete:
-                environ, is_last = parser.complete.popleft()
-                if not self.answer(environ, is_last=is_last):
-                    return
-            if parser.awaits_continue and not parser.is_closed:
-                parser.awaits_continue = False
-                self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if error := parser.error or (bad_content() if parser.environ else None):
+        try:
+            while self.read_request() and self.answer():
+                self.request = Request(self.common)
+        except ProtocolError as error:
             self.refuse(error)
 
+    def read_request(self) -> bool:
+        """Read a request; return False if the client sends none.
+
+        Raises:
+            ProtocolError: the request is refused.
+        """
+        request = self.request
+        while not request.is_complete:
+            data = self.unread or self.receive()
+            if not data:
+                self.check_end()
+                return False
+            self.unread = request.feed(data)
+            if request.awaits_continue and not request.is_complete:
+                request.awaits_continue = False
+                self.send(CONTINUE)
+        return True
+
     def receive(self) -> bytes:
-        """Return the next bytes of the client; none at the end of its data, or after the deadline."""
-        self.start_waiting()
-        data = b""
+        """Return the next bytes of the client; none at the end of its data, or after the time limit."""
+        request = self.request
+        if not request.received:
+            self.enter(IDLE, settings.KEEPALIVE_TIMEOUT)
+        elif request.environ is None and self.phase is not HEAD:
+            self.enter(HEAD, settings.HEAD_TIMEOUT)
+        elif request.environ is not None and self.phase is not CONTENT:
+            self.enter(CONTENT, settings.CONTENT_TIMEOUT)
         # Without it, a client that sends without a pause would keep the worker; and recv would mostly fail once.
         gevent.get_hub().wait(self.readable)
-        try:
-            data = self.socket.recv(RECEIVE_BYTES)
-        except OSError:
-            if not self.is_late:
-                raise
-        self.phase = APPLICATION
-        if not data and self.is_late and self.parser.head.strip(b"\r\n"):  # a blank line is not a request yet
-            self.parser.error = ProtocolError(HTTPStatus.REQUEST_TIMEOUT, "The request must arrive sooner.")
+        data: bytes = self.socket.recv(RECEIVE_BYTES)
         return data
 
-    def start_waiting(self) -> None:
-        """Set the phase and the deadline of the next receive."""
-        parser, now = self.parser, monotonic()
-        if not parser.in_progress:
-            self.phase, limit = IDLE, settings.KEEPALIVE_TIMEOUT if self.worker.alive else STOPPING_IDLE_SECONDS
-        else:
-            limit = settings.CONTENT_TIMEOUT if parser.environ else settings.HEAD_TIMEOUT
-            self.phase, parser.waiting_since = REQUEST, parser.waiting_since or now
-        self.deadline = (parser.waiting_since or now) + limit
+    def check_end(self) -> None:
+        """Raise ProtocolError if the client's data, or its time, ended within a request."""
+        if self.is_late and self.request.has_begun:
+            raise ProtocolError(*LATE)
+        if self.request.environ:
+            raise ProtocolError(*BAD_CONTENT)
 
     def expire(self) -> None:
-        """Wake the greenlet that waits for the client after the deadline."""
+        """Wake the greenlet, which waits for the client, after the time limit."""
         self.is_late = True
         with suppress(OSError):  # the client went away
             self.socket.shutdown(socket.SHUT_RDWR if self.phase is SEND else socket.SHUT_RD)
@@ -167,17 +165,24 @@ class Connection:
         self.status, self.headers = status, headers
         return write
 
-    def answer(self, environ: WSGIEnvironment, *, is_last: bool) -> bool:
-        """Answer a request; return whether the connection goes on."""
-        content = b"".join(self.worker.wsgi(environ, self.start_response))
-        is_last = is_last or not self.worker.alive  # after the call, during which the worker may have been told to stop
+    def answer(self) -> bool:
+        """Answer the request; return whether another may follow."""
+        self.enter(APPLICATION, math.inf)
+        content = b"".join(self.worker.wsgi(self.request.environ, self.start_response))
+        # The worker may have been told to stop meanwhile. What has arrived by then is answered too.
+        is_last = self.request.is_last or not (self.worker.alive or self.has_more())
         self.respond(self.status, self.headers, content, is_last=is_last)
         return not is_last
 
+    def has_more(self) -> bool:
+        """Return whether the client has sent something behind the request."""
+        waiting = fcntl.ioctl(self.socket.fileno(), termios.FIONREAD, bytes(4))
+        return bool(self.unread or any(waiting))
+
     def refuse(self, error: ProtocolError) -> None:
         """Answer a protocol error."""
-        method = self.parser.method
-        content = b'{"message": "%b"}' % error.message.encode()
+        method = self.request.method
+        content = b'{"message": "%b"}\n' % error.message.encode()
         headers = [
             ("Cache-Control", "no-store"),
             ("X-Content-Type-Options", "nosniff"),
@@ -197,17 +202,15 @@ class Connection:
 
     def send(self, data: bytes) -> None:
         """Send all of it; raise OSError if the client does not read it in time."""
-        self.phase, self.deadline = SEND, monotonic() + settings.SEND_TIMEOUT
+        self.enter(SEND, settings.SEND_TIMEOUT)
         if (sent := self.socket.send(data)) < len(data):  # rare; sendall alone makes one more system call
-            self.socket.sendall(data[sent:])
+            self.socket.sendall(memoryview(data)[sent:])
 
     def close_gently(self) -> None:
         """Read what the client still sends: closing with unread bytes would reset the connection."""
-        if self.is_late and not self.parser.error:  # it was idle
-            return
         self.socket.shutdown(socket.SHUT_WR)
-        end = monotonic() + DRAIN_SECONDS
-        self.phase, self.deadline = REQUEST, end
+        self.enter(CLOSE, DRAIN_SECONDS)
+        end = self.since + DRAIN_SECONDS
         while ((data := self.socket.recv(65536)) or self.is_late) and monotonic() < end:
             gevent.sleep(DRAIN_SECONDS / 20)  # a client that sends without end must not keep the worker busy
         if data:  # without a reset, Linux lets a client that may not send at this moment wait for a minute
@@ -222,13 +225,13 @@ class Worker(ggevent.GeventWorker):
     """
 
     wsgi: Any  # the application; the stub of gunicorn has a type that is not PEP 3333's
-    telemetry: Telemetry | None = None
+    telemetry: "TelemetryMiddleware | None" = None
     number: int  # 1 for the first worker; gunicorn's hook `pre_fork` sets it
 
     def init_process(self) -> None:
         """Start the worker; block the stop signals until their handlers are set."""
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        self.connections: set[Connection] = set()
+        self.connections: set[ClientConnection] = set()
         super().init_process()
 
     def load_wsgi(self) -> None:
@@ -238,7 +241,6 @@ class Worker(ggevent.GeventWorker):
         """
         try:
             super().load_wsgi()
-            self.wsgi = with_server_options(self.wsgi)
         except SystemExit as error:
             if self.number == 1:
                 print(error, file=sys.stderr)
@@ -253,40 +255,56 @@ class Worker(ggevent.GeventWorker):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def run(self) -> None:
-        """Serve until told to stop."""
-        gevent.spawn(self.watch_deadlines)
-        super().run()
+        """Serve until told to stop; then serve what has arrived, for `graceful_timeout` seconds at most."""
+        listeners = [Listener(each, self.serve, spawn=Pool(self.worker_connections)) for each in self.sockets]
+        for listener in listeners:
+            listener.start()
+        while self.alive:
+            self.sweep()
+        end = monotonic() + self.cfg.graceful_timeout
+        self.sweep()  # idle connections make room
+        for listener in listeners:
+            listener.close()
+        self.sweep()
+        while self.connections and monotonic() < end:
+            self.sweep()
+        if self.connections:
+            self.log.warning("Worker graceful timeout (pid:%s)", self.pid)
 
-    def server_class(self, listener: Any, *, spawn: Any, **_: Any) -> Listener:  # type: ignore[override]
-        """Return what accepts connections; gunicorn calls it once for each listening socket."""
-        return Listener(listener, self.serve, spawn=spawn)
+    def sweep(self) -> None:
+        """Tell gunicorn that this worker lives, expire connections, and leave the processor to them for a moment.
+
+        One sweep over all connections is cheaper than a timer for each.
+        """
+        self.notify()
+        now = monotonic()
+        for connection in list(self.connections):
+            is_leaving = connection.phase is IDLE and not self.alive
+            limit = min(connection.limit, STOPPING_IDLE_SECONDS) if is_leaving else connection.limit
+            if now - connection.since > limit:
+                connection.expire()
+        gevent.sleep(SWEEP_SECONDS)
 
     def serve(self, client: Any, address: Any) -> None:
         """Serve one connection."""
-        connection = Connection(self, client)
+        connection = ClientConnection(self, client)
         self.connections.add(connection)
         try:
             connection.serve()
         finally:
             self.connections.remove(connection)
 
-    def watch_deadlines(self) -> None:
-        """Expire the connections whose deadlines have passed: one loop is cheaper than a timer for each."""
-        while True:
-            gevent.sleep(SWEEP_SECONDS)
-            now = monotonic()
-            for connection in list(self.connections):
-                if connection.phase is IDLE and not self.alive:
-                    connection.deadline = min(connection.deadline, now + STOPPING_IDLE_SECONDS)
-                if connection.deadline < now and connection.phase is not APPLICATION:
-                    connection.expire()
+    def common_environ(self, server: Any) -> WSGIEnvironment:
+        """Return what the environs of all requests of a connection have in common (PEP 3333).
 
-    def common_environ(self, server: tuple[str, int]) -> WSGIEnvironment:
-        """Return what the environs of all requests to one of the server's addresses have in common (PEP 3333)."""
+        Args:
+            server: the server's address on it, a tuple, or a path for a Unix socket, which has neither host nor port.
+        """
+        host, port = server[:2] if isinstance(server, tuple) else (settings.HOST, settings.PORT)
         return {
             "SCRIPT_NAME": "",
-            "SERVER_NAME": server[0],
-            "SERVER_PORT": str(server[1]),
+            "SERVER_NAME": host,
+            "SERVER_PORT": str(port),
             "wsgi.version": (1, 0),
             "wsgi.url_scheme": "http",
             "wsgi.errors": sys.stderr,

@@ -8,7 +8,7 @@ import pytest
 from server import parser
 from tests.support.network import exchange, responses
 from tests.support.postgres import Database
-from tests.support.raw_requests import DATE, ERRORS, GOOD, SECOND
+from tests.support.raw_requests import DATE, ERRORS, GOOD, SECOND, TWO_FAULTS
 from tests.support.service import Service
 from tests.support.wait import wait_until
 
@@ -34,6 +34,15 @@ def test_protocol_error_is_answered_once_and_hides_no_second_request(
     assert response.headers["Date"]
     assert "esame" not in response.message
     assert postgres.query("DELETE FROM users WHERE username LIKE '%esame' RETURNING username") == []
+
+
+@pytest.mark.parametrize(("request_bytes", "status"), TWO_FAULTS.values(), ids=TWO_FAULTS.keys())
+def test_request_with_two_faults_is_answered_and_logged_and_the_one_before_it_is_answered(
+    service: Service, request_bytes: bytes, status: int
+) -> None:
+    second, refused = responses(exchange(service.port, SECOND + request_bytes + SECOND))
+    assert (second.status, refused.status) == (200, status)
+    wait_until(lambda: refused.headers["X-Request-Id"] in service.log_text())
 
 
 def test_protocol_error_has_a_request_id_and_a_log_line(service: Service) -> None:
@@ -71,16 +80,6 @@ def test_request_that_http_allows_is_answered_and_the_next_one_too(
     assert [response.status for response in found] == [status, 200]
 
 
-def test_options_of_the_whole_server_name_its_methods(service: Service) -> None:
-    of_the_server, of_a_user = responses(
-        exchange(
-            service.port, b"".join(b"OPTIONS %b HTTP/1.1\r\nHost: a\r\n\r\n" % target for target in (b"*", b"/hello/A"))
-        )
-    )
-    assert of_the_server.status == 204
-    assert of_the_server.headers["Allow"] == of_a_user.headers["Allow"]
-
-
 # --- Expect: 100-continue ---------------------------------------------------------------------------
 
 EXPECTING = b"PUT /hello/Expected HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\n"
@@ -108,7 +107,7 @@ def test_client_that_expects_nothing_is_not_told_100_continue(service: Service, 
     assert exchange(service.port, head, DATE, pause=0.1).startswith(b"HTTP/1.1 204 ")
 
 
-@pytest.mark.parametrize("length", [parser.MAX_EXPECTED_BYTES + 1, 100_000, 10**15])
+@pytest.mark.parametrize("length", [parser.MAX_CONTENT_BYTES + 1, 100_000, 10**15])
 def test_client_that_expects_100_continue_for_too_much_content_is_told_413_at_once(
     service: Service, length: int
 ) -> None:

@@ -1,27 +1,24 @@
 """The server's connections: time limits, clients that misbehave, empty content, a stop under load. Raw bytes."""
 
 import contextlib
-import errno
 import itertools
 import os
 import select
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import gevent
 import gevent.socket
 import pytest
 
 from server import settings
-from server.listener import ignore_new_connections
-from server.worker import Connection, Worker
+from server.worker import ClientConnection, Worker
 from tests.support.network import RESET_ON_CLOSE, exchange, read_all, responses
 from tests.support.service import Service
 from tests.support.wait import in_thread, wait_until
@@ -150,11 +147,23 @@ def test_client_that_does_not_read_is_closed(service: Service) -> None:
     assert service.ask("GET", "/livez").status == 200
 
 
-def connection_on(ours: socket.socket) -> Connection:
+def connection_on(ours: socket.socket) -> ClientConnection:
     """Return a connection of a worker that does nothing by itself."""
-    worker = cast(Worker, SimpleNamespace(common_environ=lambda address: {}, telemetry=None, alive=True))
-    worker.connections = {connection := Connection(worker, ours)}
+    parts: dict[str, Any] = {
+        "common_environ": lambda address: {},
+        "telemetry": None,
+        "alive": True,
+        "notify": lambda: None,
+    }
+    worker = cast(Worker, SimpleNamespace(**parts))
+    worker.connections = {connection := ClientConnection(worker, ours)}
     return connection
+
+
+def sweep_without_end(worker: Worker) -> None:
+    """Look after the connections of a worker, as it does."""
+    while True:
+        Worker.sweep(worker)
 
 
 def test_client_that_does_not_read_and_stalls_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +176,7 @@ def test_client_that_does_not_read_and_stalls_is_closed(monkeypatch: pytest.Monk
         ours.settimeout(0.1)
         ours.sendall(b"x" * 10_000_000)
     ours.settimeout(None)
-    watching = gevent.spawn(Worker.watch_deadlines, connection.worker)
+    watching = gevent.spawn(sweep_without_end, connection.worker)
     try:
         with pytest.raises(OSError, match=r"closed in another greenlet|Broken pipe"):
             gevent.spawn(connection.serve_requests).get(timeout=10)
@@ -257,23 +266,6 @@ def test_clients_that_reset_their_connections_leave_nothing_in_the_log(service: 
 
 
 # --- A stop ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has socket filters")
-def test_connection_that_begins_when_new_ones_are_ignored_is_refused_and_not_reset() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as early, socket.socket() as late:
-        address = server.getsockname()
-        early.connect(address)
-        try:
-            ignore_new_connections(server)
-        except PermissionError:
-            pytest.skip("this process may not attach a socket filter")
-        late.setblocking(False)
-        late.connect_ex(address)
-        assert server.accept()[1] == early.getsockname()
-        server.close()
-        assert select.select([], [late], [], 20)[1]
-        assert late.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNREFUSED
 
 
 def connect_until_refused(port: int, answers: list[bytes]) -> list[str]:

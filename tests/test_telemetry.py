@@ -157,13 +157,6 @@ def test_protocol_errors_of_each_status_start_at_zero(shared: MonitoredService) 
     assert statuses == {"400", "408", "413", "414", "417", "431", "501", "505"}
 
 
-def test_options_of_the_whole_server_are_counted_and_logged(shared: MonitoredService) -> None:
-    data = exchange(shared.port, b"OPTIONS * HTTP/1.1\r\nHost: a\r\nX-Request-Id: order-66\r\n\r\n")
-    assert b"X-Request-Id: order-66\r\n" in data
-    assert shared.requests()["OPTIONS", "unmatched", "204"] == 1
-    wait_until(lambda: any(line.get("request_id") == "order-66" for line in shared.lines()))
-
-
 # --- Workers ----------------------------------------------------------------------------------------
 
 
@@ -319,7 +312,7 @@ def test_the_reason_of_a_defect_is_its_class() -> None:
         ("POST", "/metrics", 405),
         ("GET", "/hello/Zoe", 404),
         ("GET", "/readyz", 404),
-        ("OPTIONS", "*", 404),
+        ("OPTIONS", "*", 400),
     ],
 )
 def test_the_port_of_the_metrics_serves_nothing_else(
