@@ -106,7 +106,7 @@ MAX_CONTENT_BYTES = 4096
 MAX_NAME_LETTERS = 255
 MAX_NAME_BYTES = 2500  # an index entry of Postgres holds at most 2,704 bytes
 JOIN_SHARE = 0.1  # of QUEUE_TIMEOUT; requests may join a batch that has waited for less
-CLOCK_SECONDS = 1.0  # how old the server's time may be that a write relies on
+CLOCK_SECONDS = 0.05  # how old the server's time may be that a write relies on
 KEEP_OPEN_SECONDS = 5.0
 YIELD_SECONDS = 1e-6  # other threads and greenlets run
 DEFAULT_PORT = 5432
@@ -975,7 +975,7 @@ class WrongEncoding(psycopg2.NotSupportedError):
 
 
 class UnusableTable(psycopg2.NotSupportedError):
-    """The statements of the service fail on the table."""
+    """The schema cannot be applied, or the service's statements fail on the table."""
 
 
 def first_line(error: Exception) -> str:
@@ -988,6 +988,14 @@ def check_encoding(connection: Connection, deadline: float) -> None:
     [(encoding,)] = connection.execute("SHOW server_encoding", None, deadline)
     if encoding != "UTF8":
         raise WrongEncoding(f"the database's encoding is {encoding}: create it with ENCODING 'UTF8' TEMPLATE template0")
+
+
+def run_schema(connection: Connection, deadline: float) -> None:
+    """Run schema.sql; raise UnusableTable."""
+    try:
+        connection.execute(SCHEMA.read_text(), None, deadline)
+    except LASTING_ERRORS as error:
+        raise UnusableTable(f"schema.sql cannot be applied: {first_line(error)}") from None
 
 
 def try_statements(connection: Connection, deadline: float) -> None:
@@ -1008,7 +1016,7 @@ def apply_schema(deadline: float) -> None:
     connection = Connection(min(deadline, monotonic() + CONNECT_TIMEOUT))
     try:
         check_encoding(connection, deadline)
-        connection.execute(SCHEMA.read_text(), None, deadline)
+        run_schema(connection, deadline)
         try_statements(connection, deadline)
     finally:
         connection.close()

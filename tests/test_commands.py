@@ -5,30 +5,41 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from datetime import date
 from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any
 
 import psycopg2
 import pytest
 
 import hello
-from tests.support.network import free_port
+from tests.support.network import LOOPBACK, free_port
 from tests.support.postgres import Database
+from tests.support.replication import replicated
 from tests.support.service import body
 from tests.support.wait import in_thread, wait_until
 
 ROOT = Path(__file__).parents[1]
 
 
-def run_hello(*arguments: str, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_hello(*arguments: str, folder: Path = ROOT, **environment: Any) -> subprocess.CompletedProcess[str]:
     """Run `python hello.py` to its end."""
     command = [sys.executable, "hello.py", *arguments]
     return subprocess.run(
         command, check=False, capture_output=True, text=True, cwd=folder, env=os.environ | environment, timeout=30
     )
+
+
+@pytest.fixture
+def fresh_database(table: Database) -> Iterator[str]:
+    """Create an empty database, and drop it afterwards."""
+    table.query("CREATE DATABASE fresh")
+    yield "fresh"
+    table.query("DROP DATABASE fresh WITH (FORCE)")
 
 
 @pytest.mark.parametrize("zone", ["Mars/Olympus", "Europe", "../etc/passwd", "/etc/localtime", "UTC\n"])
@@ -89,12 +100,114 @@ def test_init_db_that_fails_on_rows_quotes_none(table: Database, tmp_path: Path)
     assert table.rows() == {"Zoe": date(1990, 5, 17), "Adam": date(1990, 5, 17)}
 
 
-@pytest.fixture
-def fresh_database(table: Database) -> Iterator[str]:
-    """Create an empty database, and drop it afterwards."""
-    table.query("CREATE DATABASE fresh")
-    yield "fresh"
-    table.query("DROP DATABASE fresh WITH (FORCE)")
+@pytest.mark.parametrize(
+    "hosts",
+    ["db1, db2", "db 1", "db1\n", "db1:5432", "[::1]", "postgres://hello:Sesame@db1/hello", "hello:Sesame@db1", "::g"],
+)
+def test_pghost_that_can_never_be_right_stops_the_start_with_one_line_without_a_password(hosts: str) -> None:
+    result = run_hello("init-db", PGHOST=hosts)
+    assert result.returncode == 1
+    assert result.stderr.startswith("PGHOST must be ")
+    assert result.stderr.count("\n") == 1
+    assert "Sesame" not in result.stderr
+
+
+def test_pgport_with_fewer_ports_than_hosts_stops_the_start_with_one_line() -> None:
+    result = run_hello("init-db", PGHOST="db1,db2,db3", PGPORT="5432,5433")
+    assert (result.returncode, result.stderr) == (1, "PGPORT must be one port or as many as PGHOST has hosts: 3\n")
+
+
+# --- What would fail for ever -----------------------------------------------------------------------
+
+
+def fails_at_once(database: str, message: str, **environment: Any) -> None:
+    """Check that init-db ends with one line that contains a message."""
+    result = run_hello("init-db", PGDATABASE=database, **environment)
+    assert result.returncode == 1
+    assert result.stderr.startswith("init-db: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+def test_init_db_of_a_database_that_is_not_utf8_is_one_line(table: Database, encoding: str) -> None:
+    table.query(f"CREATE DATABASE encoded ENCODING '{encoding}' LOCALE 'C' TEMPLATE template0")
+    try:
+        fails_at_once("encoded", f"the database's encoding is {encoding}")
+    finally:
+        table.query("DROP DATABASE encoded WITH (FORCE)")
+
+
+OTHER_TABLES = {
+    "other columns": ("id int, email text", "schema.sql cannot be applied: column"),
+    "a column more": ("username text PRIMARY KEY, date_of_birth date NOT NULL, email text NOT NULL", "email"),
+    "no primary key": ("username text, date_of_birth date", "ON CONFLICT"),
+    "short names": ("username varchar(20) PRIMARY KEY, date_of_birth date", "too long"),
+    "a number for a date": (
+        "username text PRIMARY KEY, date_of_birth int",
+        "schema.sql cannot be applied: invalid input",
+    ),
+}
+
+
+@pytest.mark.parametrize(("columns", "message"), OTHER_TABLES.values(), ids=OTHER_TABLES.keys())
+def test_init_db_where_another_application_has_a_table_users_is_one_line(
+    fresh_database: str, table: Database, columns: str, message: str
+) -> None:
+    with closing(table.connect(database=fresh_database)) as connection, connection.cursor() as cursor:
+        cursor.execute(f"CREATE TABLE users ({columns})")
+        fails_at_once(fresh_database, message)
+
+
+@pytest.mark.parametrize("right", ["INSERT", "UPDATE", "SELECT"])
+def test_init_db_of_a_role_without_a_right_is_one_line(fresh_database: str, table: Database, right: str) -> None:
+    others = ", ".join({"INSERT", "UPDATE", "SELECT"} - {right})
+    assert run_hello("init-db", PGDATABASE=fresh_database).returncode == 0
+    with closing(table.connect(database=fresh_database)) as connection, connection.cursor() as cursor:
+        cursor.execute("CREATE ROLE few")
+        cursor.execute(f"GRANT {others} ON users TO few; GRANT CREATE ON SCHEMA public TO few")
+        cursor.execute("CREATE ROLE limited LOGIN IN ROLE few")
+        try:
+            fails_at_once(fresh_database, "permission denied for table users", PGUSER="limited")
+        finally:
+            cursor.execute("DROP OWNED BY few; DROP ROLE limited; DROP ROLE few")
+
+
+def test_init_db_writes_no_row(table: Database) -> None:
+    assert run_hello("init-db").returncode == 0
+    assert table.rows() == {}
+    assert table.query("SELECT n_tup_upd FROM pg_stat_user_tables WHERE relname = 'users'") == [(0,)]
+
+
+def test_init_db_passes_over_a_standby_that_stands_first(tmp_path: Path) -> None:
+    with replicated() as (primary, standby, _):
+        hosts: dict[str, Any] = primary.hosts((LOOPBACK, standby.port), (LOOPBACK, primary.port))
+        result = run_hello("init-db", **hosts | {"PGUSER": "postgres"})
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_init_db_that_must_wait_for_a_long_reader_lets_no_get_wait(fresh_database: str, table: Database) -> None:
+    with closing(table.connect(database=fresh_database)) as connection, connection.cursor() as cursor:
+        cursor.execute('CREATE TABLE users (username text COLLATE "C" PRIMARY KEY, date_of_birth date NOT NULL)')
+        cursor.execute("BEGIN; SELECT FROM users")
+        run = in_thread(lambda: run_hello("init-db", PGDATABASE=fresh_database, INIT_TIMEOUT="4"))
+        slowest = 0.0
+        with closing(table.connect(database=fresh_database)) as reader, reader.cursor() as reading:
+            while not run.done():
+                start = time.monotonic()
+                reading.execute("SELECT username, date_of_birth FROM users")
+                slowest = max(slowest, time.monotonic() - start)
+                time.sleep(0.005)
+    assert "lock timeout" in run.result().stderr
+    assert slowest < 0.25
+
+
+def test_schema_adds_one_constraint_a_statement_as_citus_demands() -> None:
+    statements = (ROOT / "schema.sql").read_text().split(";")
+    assert max(statement.count("ADD CONSTRAINT") for statement in statements) == 1
+
+
+# --- init-db ----------------------------------------------------------------------------------------
 
 
 def test_init_db_by_several_at_once_creates_the_table(fresh_database: str) -> None:
@@ -116,9 +229,7 @@ def test_init_db_again_keeps_the_rows(table: Database) -> None:
 def test_table_of_version_1_gets_constraints_that_keep_out_what_the_service_could_not_read(
     fresh_database: str, table: Database, row: str
 ) -> None:
-    where = f"host={table.sockets_folder} port={table.port} user=postgres dbname={fresh_database}"
-    with closing(psycopg2.connect(where)) as connection, connection.cursor() as cursor:
-        connection.autocommit = True
+    with closing(table.connect(database=fresh_database)) as connection, connection.cursor() as cursor:
         cursor.execute('CREATE TABLE users (username text COLLATE "C" PRIMARY KEY, date_of_birth date NOT NULL)')
         cursor.execute("INSERT INTO users VALUES ('Old', '10000-01-01')")
         assert run_hello("init-db", PGDATABASE=fresh_database).stderr == ""

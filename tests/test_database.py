@@ -46,7 +46,13 @@ def app(table: Database) -> Iterator[TestApp]:
 
 
 @pytest.fixture
-def proxy(app: TestApp, table: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+def write_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a PUT begin with its write, although the server's time was not read just before."""
+    monkeypatch.setattr(hello, "CLOCK_SECONDS", 60)
+
+
+@pytest.fixture
+def proxy(app: TestApp, table: Database, write_first: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """A proxy in front of the database that the application uses, with connections open through it."""
     with FaultProxy(table.port) as proxy:
         monkeypatch.setenv("PGHOST", "127.0.0.1")
@@ -130,6 +136,7 @@ def counted_writes(table: Database) -> Iterator[Callable[[], int]]:
         table.query("DROP SEQUENCE writes")
 
 
+@pytest.mark.usefixtures("write_first")
 @pytest.mark.parametrize(("timeout", "expected"), [(10, 204), (1, 503)], ids=["resumed in time", "resumed too late"])
 def test_put_of_a_frozen_backend_does_not_overwrite_one_acknowledged_after_it_was_answered(
     app: TestApp, table: Database, monkeypatch: pytest.MonkeyPatch, timeout: int, expected: int
@@ -152,6 +159,7 @@ def test_put_of_a_frozen_backend_does_not_overwrite_one_acknowledged_after_it_wa
     assert table.rows() == {"Zoe": date(1992, 1, 1)}
 
 
+@pytest.mark.usefixtures("write_first")
 def test_new_user_whose_put_is_503_for_a_frozen_backend_is_not_created_later(
     app: TestApp, table: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +175,7 @@ def test_new_user_whose_put_is_503_for_a_frozen_backend_is_not_created_later(
     assert table.rows() == {"Zoe": date(1990, 1, 1)}
 
 
+@pytest.mark.usefixtures("write_first")
 @pytest.mark.parametrize(
     ("lock", "zoe"),
     [
@@ -209,6 +218,71 @@ def test_get_whose_connection_is_cut_in_flight_is_503_at_once(app: TestApp, prox
     assert status == 503
     assert seconds < hello.DATABASE_TIMEOUT
     assert get(app, "Zoe") == 200
+
+
+# --- The server's clock -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def set_clock_back(table: Database) -> Iterator[Callable[[int], None]]:
+    """Let statements see a clock that the test can set back by some seconds, also in sessions that are open."""
+    table.query("CREATE SCHEMA fake; CREATE TABLE fake.clock (seconds int); INSERT INTO fake.clock VALUES (0)")
+    table.query(
+        "CREATE FUNCTION fake.clock_timestamp() RETURNS timestamptz LANGUAGE sql VOLATILE AS"
+        " 'SELECT pg_catalog.clock_timestamp() - seconds * interval ''1 second'' FROM fake.clock'"
+    )
+    table.query("ALTER ROLE postgres SET search_path = fake, pg_catalog, public")
+    disconnect()
+
+    def set_back(seconds: int) -> None:
+        table.query("UPDATE fake.clock SET seconds = %s", seconds)
+
+    yield set_back
+    table.query("ALTER ROLE postgres RESET search_path")
+    table.query("DROP SCHEMA fake CASCADE")
+
+
+@pytest.mark.parametrize("writes_after_the_step", [0, 1])
+def test_put_of_a_frozen_backend_writes_nothing_after_the_servers_clock_was_set_back(
+    app: TestApp,
+    table: Database,
+    set_clock_back: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    writes_after_the_step: int,
+) -> None:
+    monkeypatch.setattr(hello, "DATABASE_TIMEOUT", 0.5)
+    assert put(app, "Zoe", "1990-01-01") == 204
+    set_clock_back(60)
+    time.sleep(2 * hello.CLOCK_SECONDS)
+    for _ in range(writes_after_the_step):
+        assert put(app, "Zoe", "1990-01-02") == 204
+    late_put_writes_nothing(app, table)
+
+
+def test_put_is_204_after_the_servers_clock_was_set_forward(
+    app: TestApp, table: Database, set_clock_back: Callable[[int], None]
+) -> None:
+    assert put(app, "Zoe", "1990-01-01") == 204
+    set_clock_back(-60)
+    time.sleep(2 * hello.CLOCK_SECONDS)
+    assert put(app, "Zoe", "1990-01-02") == 204
+    assert table.rows() == {"Zoe": date(1990, 1, 2)}
+
+
+def late_put_writes_nothing(app: TestApp, table: Database) -> None:
+    """Let a PUT reach its backend, which then stands still until a later PUT was acknowledged."""
+    pid = idle_connection(hello.WRITE_POOL).connection.info.backend_pid
+    with table.locked("SELECT FROM users WHERE username = 'Zoe' FOR UPDATE"):
+        first = in_thread(put, app, "Zoe", "1991-01-01")
+        table.wait_for_lock_wait()
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        assert first.result(10) == 503
+        assert put(app, "Zoe", "1992-01-01") == 204
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: not table.query("SELECT FROM pg_stat_activity WHERE pid = %s", pid))
+    assert table.rows() == {"Zoe": date(1992, 1, 1)}
 
 
 # --- Messages of Postgres ---------------------------------------------------------------------------
@@ -273,6 +347,38 @@ def waiting_commits(table: Database) -> int:
     with contextlib.closing(table.connect()) as connection, connection.cursor() as cursor:
         cursor.execute(hello.ON_CONNECT, (hello.DATABASE_TIMEOUT,))
         return int(cursor.fetchone()[2])
+
+
+# --- Errors of class 08 -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lost_node(table: Database) -> Iterator[None]:
+    """Let each write of the user Lost fail as Citus lets it fail whose worker node is away."""
+    table.query(
+        "CREATE FUNCTION lose_node() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN"
+        " IF NEW.username = 'Lost' THEN RAISE EXCEPTION 'node is away' USING ERRCODE = '08006'; END IF;"
+        " RETURN NEW; END$$"
+    )
+    table.query("CREATE TRIGGER lose_node BEFORE INSERT ON users FOR EACH ROW EXECUTE FUNCTION lose_node()")
+    yield
+    table.query("DROP TRIGGER lose_node ON users; DROP FUNCTION lose_node")
+
+
+@pytest.mark.usefixtures("lost_node")
+def test_put_whose_node_of_citus_is_away_is_503_at_once_and_others_204_on_the_same_connection(
+    app: TestApp, table: Database
+) -> None:
+    assert put(app, "Zoe") == 204
+    pid = idle_connection(hello.WRITE_POOL).connection.info.backend_pid
+    with hello.WRITE_POOL.slot(timeout=10):  # so that the requests share a statement
+        puts = [in_thread(timed, put, app, name) for name in ("Adam", "Lost", "Nora")]
+        wait_until(lambda: hello.save_date_of_birth.waiting_requests() == len(puts))
+    answers = [call.result(10) for call in puts]
+    assert [status for status, _ in answers] == [204, 503, 204]
+    assert max(seconds for _, seconds in answers) < hello.DATABASE_TIMEOUT
+    assert idle_connection(hello.WRITE_POOL).connection.info.backend_pid == pid
+    assert sorted(table.rows()) == ["Adam", "Nora", "Zoe"]
 
 
 # --- Sessions ---------------------------------------------------------------------------------------
@@ -357,3 +463,21 @@ def test_pgbouncer_in_transaction_mode_serves_put_and_get(
     assert get(app, "Zoe") == 200
     disconnect()
     assert sorted(table.rows()) == ["Adam", "Eve", "Kim", "Zoe"]
+
+
+def test_put_whose_connection_is_lost_behind_pgbouncer_is_503_when_it_can_have_no_effect_any_more(
+    app: TestApp, table: Database, monkeypatch: pytest.MonkeyPatch, pgbouncer: int
+) -> None:
+    monkeypatch.setenv("PGHOST", "127.0.0.1")
+    monkeypatch.setenv("PGPORT", str(pgbouncer))
+    monkeypatch.setattr(hello, "LOCK_TIMEOUT", 1)
+    monkeypatch.setattr(hello, "DATABASE_TIMEOUT", 1)
+    wait_until(lambda: put(app, "Zoe") == 204)
+    with table.locked("SELECT FROM users FOR UPDATE"):
+        first = in_thread(timed, put, app, "Zoe", "1991-01-01")
+        table.wait_for_lock_wait()
+        table.query("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+        status, seconds = first.result(10)
+    assert status == 503
+    assert seconds > 0.9
+    assert table.rows() == {"Zoe": date(1990, 5, 17)}

@@ -13,6 +13,7 @@ import pytest
 import hello
 from tests.support.network import LOOPBACK, free_port, silent_port
 from tests.support.postgres import Database
+from tests.support.replication import replicated
 from tests.support.wait import in_thread
 
 
@@ -142,6 +143,60 @@ def test_next_attempt_begins_after_the_host_that_did_not_answer(
             connect_once()
         with closing(connect_once()) as connection:
             assert connection.connection.info.host == "localhost"
+
+
+def test_attempt_that_is_not_answered_blames_its_host_and_not_the_one_of_the_connection_before(
+    table: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hello, "CONNECT_TIMEOUT", 0.5)
+    pool = hello.Pool("read", 1)
+    with silent_port() as port:
+        set_hosts(monkeypatch, "127.0.0.1,localhost,127.0.0.2", port, table.port, free_port())
+        with pool.slot(0) as slot:
+            monkeypatch.setenv("PGHOST", "127.0.0.1")
+            monkeypatch.setenv("PGPORT", str(table.port))
+            slot.ready(time.monotonic() + 5).close()  # a connection to another host than the silent one
+            set_hosts(monkeypatch, "127.0.0.1,localhost,127.0.0.1", port, table.port, table.port)
+            with pytest.raises(TimeoutError):
+                slot.ready(time.monotonic() + 0.5)
+            assert slot.ready(time.monotonic() + 5).connection.info.host == "localhost"
+            slot.connection.close()
+
+
+def test_name_that_is_found_later_does_not_change_which_host_is_tried_last(
+    table: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look_up = socket.getaddrinfo
+    is_known = False
+
+    def found_later(host: str, *arguments: Any, **options: Any) -> Any:
+        if host == "later.example":
+            if not is_known:
+                raise socket.gaierror
+            return look_up("127.0.0.2", *arguments, **options)
+        return look_up(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", found_later)
+    monkeypatch.setattr(hello, "CONNECT_TIMEOUT", 0.5)
+    with silent_port() as port:
+        set_hosts(monkeypatch, "later.example,127.0.0.1,localhost", free_port(), port, table.port)
+        with pytest.raises(TimeoutError):
+            connect_once()
+        is_known = True
+        with closing(connect_once()) as connection:
+            assert connection.connection.info.host == "localhost"
+
+
+@pytest.mark.parametrize("attributes", ["", "any"])
+def test_read_only_host_that_stands_first_is_passed_over_unless_any_host_will_do(
+    table: Database, monkeypatch: pytest.MonkeyPatch, attributes: str
+) -> None:
+    if attributes:
+        monkeypatch.setenv("PGTARGETSESSIONATTRS", attributes)
+    with replicated() as (primary, standby, _):
+        set_hosts(monkeypatch, "127.0.0.1,127.0.0.1", standby.port, primary.port)
+        with closing(connect_once()) as connection:
+            assert connection.connection.info.port == (standby.port if attributes else primary.port)
 
 
 def test_host_that_does_not_answer_takes_no_longer_than_database_timeout(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,6 +141,38 @@ def test_host_whose_name_is_not_answered_for_does_not_use_up_the_time_of_the_nex
     assert server.recv(512)
 
 
+def test_name_server_that_never_answers_does_not_hold_up_a_stop(
+    database: Database, tmp_path: Path, silent_resolver: tuple[list[str], socket.socket]
+) -> None:
+    prefix, server = silent_resolver
+    environment = database.hosts(("database.example", 5432))
+    with Service(tmp_path, environment, prefix=prefix, **SHORT_TIMEOUTS) as service:
+        assert service.put("Nameless").status == 503
+        service.process.terminate()
+        start = time.monotonic()
+        assert service.process.wait(20) == 0
+        assert time.monotonic() - start < 3  # a lookup takes 4 s
+    assert server.recv(512)
+
+
+def test_row_locked_for_long_gives_no_other_user_a_503_at_the_default_settings(
+    database: Database, default_service: Service, report: Callable[[str], None]
+) -> None:
+    assert default_service.put("Locked", "1990-01-01").status == 204
+    statuses: list[int] = []
+    with Load(default_service, database, 8) as load:
+        load.wait_for_answers(50)
+        with database.locked("SELECT FROM users WHERE username = 'Locked' FOR UPDATE"):
+            end = time.monotonic() + 5
+            while time.monotonic() < end:
+                attempts = [in_thread(default_service.put, "Locked", "1991-01-01") for _ in range(3)]
+                statuses += [attempt.result().status for attempt in attempts]
+    report(f"{load.report()}; {len(statuses)} PUTs of the locked row")
+    assert set(statuses) == {503}
+    assert set(load.statuses) == {200, 204}
+    assert database.rows()["Locked"].year == 1990
+
+
 @pytest.mark.parametrize("operation", ["PUT", "GET"])
 def test_row_or_table_that_is_locked_is_503_after_the_statement_timeout(
     database: Database, tmp_path: Path, operation: str

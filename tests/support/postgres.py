@@ -95,10 +95,10 @@ class Database(Postgres):
         self.apply_schema()
         self.query("CREATE ROLE hello LOGIN; GRANT SELECT, INSERT, UPDATE ON users TO hello")
 
-    def connect(self, user: str = "postgres") -> Any:
+    def connect(self, user: str = "postgres", database: str = "postgres") -> Any:
         """Open a connection of the test's own, in autocommit mode."""
         connection = psycopg2.connect(
-            host=self.sockets_folder, port=self.port, user=user, dbname="postgres", application_name="test"
+            host=self.sockets_folder, port=self.port, user=user, dbname=database, application_name="test"
         )
         connection.autocommit = True
         return connection
