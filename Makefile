@@ -39,12 +39,12 @@ coverage: dev-environment ## Run the tests and print which lines and branches th
 
 mutations: dev-environment ## Break each protection in a copy and check that its test fails
 	@$(VENV)/bin/python -m tools.mutations $(ARGS)
-	@$(if $(ARGS),,tools/mutate_rules.sh)
 
-lint: dev-environment ## Check style, format and types
+lint: dev-environment ## Check style, format, types, and that tests/mutations.toml fits the code
 	@$(VENV)/bin/ruff check --quiet
 	@$(VENV)/bin/ruff format --quiet --check
 	@$(VENV)/bin/mypy --no-error-summary
+	@$(VENV)/bin/python -m tools.mutations --check
 
 format: dev-environment ## Format the code as `make lint` checks it
 	@$(VENV)/bin/ruff check --quiet --fix
@@ -90,18 +90,12 @@ compose-restart: compose-down compose-up ## Stop and start the containers, after
 clean: ## Remove what make made, but no data; WITH_DATA=yes removes the data of `make run` and Compose too
 	@tools/clean.sh
 
-.PHONY: wrk bench bench-growth bench-profile diagrams
+.PHONY: wrk bench diagrams
 wrk:
 	@tools/wrk.sh
 
-bench: wrk bench-environment ## Measure the service beside its limits and the usual alternatives
+bench: wrk bench-environment ## Measure the service beside its alternatives and its limits, with few and many users
 	@$(VENV)/bench/bin/python -m bench.run $(ARGS)
-
-bench-growth: wrk bench-environment ## Measure the service with 10 thousand, 1 million and 10 million users
-	@$(VENV)/bench/bin/python -m bench.run --growth $(ARGS)
-
-bench-profile: wrk bench-environment ## Print where a worker's time goes and what a request costs
-	@$(VENV)/bench/bin/python -m bench.worker_profile
 
 diagrams: docs-environment ## Draw the pictures of docs/ (needs Graphviz)
 	@$(VENV)/docs/bin/python docs/draw.py
