@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.make import environment
 from tests.support.network import ask, free_port
 from tests.support.service import body
 from tests.support.wait import wait_until
@@ -29,15 +30,18 @@ SECRET = "decoy-4711"
 FILES = {"hello.py", "gunicorn.conf.py", "schema.sql", "openapi.yaml"} | {
     f"server/{path.name}" for path in (ROOT / "server").glob("*.py")
 }
-LOCAL = ("PG", "COMPOSE_", "PORT", "VERSION", "METRICS_", "MAKE", "VENV", "DATA")  # settings of whoever runs the tests
-ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(LOCAL)}
 
 
-def run(*command: str, folder: Path | None = None, status: int = 0, **environment: str) -> str:
+def run(*command: str, folder: Path | None = None, status: int = 0, **settings: str) -> str:
     """Return what a command writes; fail with it where its exit status is another."""
-    environment = ENVIRONMENT | {"COMPOSE_PROJECT_NAME": PROJECT, "VERSION": VERSION} | environment
     done = subprocess.run(
-        command, cwd=folder, env=environment, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        cwd=folder,
+        env=environment(**{"HELLO_VERSION": VERSION} | settings),
+        check=False,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     assert done.returncode == status, f"{' '.join(command)}: {done.stdout}"
     return done.stdout
@@ -78,7 +82,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def image(clone: Path) -> Iterator[dict[str, Any]]:
     """Build the image."""
-    run("make", "build", folder=clone)
+    run("make", "build", folder=clone, VERSION="of-another-tool", COMPOSE_PROJECT_NAME="of-another-tool")
     yield inspect("image", IMAGE)
     run("docker", "image", "rm", "--force", IMAGE)
 
@@ -112,12 +116,13 @@ class System:
         self.port = free_port()
         self.output = ""
 
-    def make(self, *arguments: str, status: int = 0, **environment: str) -> str:
-        names = {"COMPOSE_PROJECT_NAME": self.project, "PORT": str(self.port)} | environment
-        return run("make", *arguments, folder=self.folder, status=status, **names)
+    def make(self, *arguments: str, status: int = 0, **settings: str) -> str:
+        command = ["make", *arguments, f"COMPOSE_PROJECT_NAME={self.project}"]
+        return run(*command, folder=self.folder, status=status, PORT=str(self.port), **settings)
 
-    def compose(self, *arguments: str) -> str:
-        return run("docker", "compose", *arguments, folder=self.folder, COMPOSE_PROJECT_NAME=self.project)
+    def compose(self, *arguments: str, status: int = 0) -> str:
+        command = ["docker", "compose", "--project-name", self.project, *arguments]
+        return run(*command, folder=self.folder, status=status)
 
     def sql(self, query: str) -> str:
         """Ask the database itself, as its superuser."""
@@ -215,7 +220,7 @@ def test_edit_of_hello_py_installs_nothing_again(clone: Path, image: dict[str, A
     with (folder / "hello.py").open("a") as source:
         source.write("# edited\n")
     try:
-        output = run("make", "build", folder=folder, VERSION=f"{VERSION}-edited", BUILDKIT_PROGRESS="plain")
+        output = run("make", "build", folder=folder, HELLO_VERSION=f"{VERSION}-edited", BUILDKIT_PROGRESS="plain")
         assert inspect("image", f"hello:{VERSION}-edited")["RootFS"] != image["RootFS"]
         [step] = re.findall(r"^#(\d+) .*RUN python -m pip", output, re.MULTILINE)[:1]
         assert f"#{step} CACHED" in output
@@ -320,10 +325,8 @@ def test_service_is_no_superuser_of_the_database(system: System) -> None:
     assert ask(system.port, "GET", "/readyz").status == 200
     assert system.sql("SELECT usename FROM pg_stat_activity WHERE application_name = 'hello' LIMIT 1") == "hello"
     login = "import psycopg2; psycopg2.connect(user='postgres')"
-    command = ["docker", "compose", "exec", "-T", "api", "python", "-c", login]
-    environment = ENVIRONMENT | {"COMPOSE_PROJECT_NAME": PROJECT, "VERSION": VERSION}
-    tried = subprocess.run(command, cwd=system.folder, env=environment, check=False, capture_output=True, text=True)
-    assert "password authentication failed" in tried.stderr
+    tried = system.compose("exec", "-T", "api", "python", "-c", login, status=1)
+    assert "password authentication failed" in tried
 
 
 def test_data_survives_down_and_up(system: System) -> None:
@@ -397,6 +400,58 @@ def test_stop_under_load_drops_nothing_and_loses_nothing(system: System) -> None
     assert outcome["dropped"] == []
     assert len(outcome["acknowledged"]) >= 1000
     assert set(outcome["acknowledged"]) <= saved
+
+
+# --- What is not ours -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[System]:
+    """A project of somebody else, with a container and a volume."""
+    (tmp_path / "compose.yml").write_text(
+        f"services: {{photos: {{image: {IMAGE}, command: [sleep, infinity], volumes: ['photos:/photos']}}}}\n"
+        "volumes: {photos: {}}\n"
+    )
+    other = System(tmp_path, f"{PROJECT}-other")
+    other.compose("up", "--detach")
+    yield other
+    other.compose("down", "--volumes", "--timeout", "0")
+
+
+def test_clean_leaves_what_other_compose_files_created(image: dict[str, Any], clone: Path, other: System) -> None:
+    System(clone, other.project).make("clean", "WITH_DATA=yes", HELLO_VERSION="none")
+    assert "Up" in other.compose("ps", "photos")
+    assert inspect("volume", f"{other.project}_photos")
+
+
+@pytest.mark.parametrize(("tagged", "is_left"), [(IMAGE, False), ("postgres:18", True)])
+def test_clean_removes_an_image_only_if_make_built_it(
+    image: dict[str, Any], clone: Path, tagged: str, is_left: bool
+) -> None:
+    tag = f"{VERSION}-clean"
+    run("docker", "tag", tagged, f"hello:{tag}")
+    System(clone, f"{PROJECT}-clean").make("clean", HELLO_VERSION=tag)
+    found = run("docker", "image", "ls", "--quiet", f"hello:{tag}")
+    run("docker", "image", "rm", "--force", f"hello:{tag}")
+    assert bool(found) == is_left
+
+
+def test_data_of_version_1_move_as_the_page_says(image: dict[str, Any], clone: Path) -> None:
+    old, new = System(clone, f"{PROJECT}-old"), System(clone, f"{PROJECT}-new")
+    old.compose("up", "--detach", "--wait", "database")
+    old.sql("CREATE TABLE kept AS SELECT 1 AS n")
+    page = (ROOT / "docs/containers.md").read_text().partition("## Data of version 1\n")[2]
+    commands = page.partition("```sh\n")[2].partition("```")[0]
+    for shown, used in {"hello-birthday-greetings_": f"{new.project}_", " hello_": f" {old.project}_"}.items():
+        commands = commands.replace(shown, used)
+    commands = commands.replace("--project-name hello ", f"--project-name {old.project} ")
+    try:
+        run("bash", "-ec", commands, folder=clone, COMPOSE_PROJECT_NAME=new.project)
+        new.compose("up", "--detach", "--wait", "database")
+        assert new.sql("SELECT n FROM kept") == "1"
+    finally:
+        for system in (old, new):
+            system.compose("down", "--volumes", "--timeout", "1")
 
 
 # --- The composed system with secrets ---------------------------------------------------------------

@@ -1,22 +1,23 @@
-"""`make run` under an impatient hand: interrupted, killed, with a wrong Python, in folders that it may not write to."""
+"""`make run` under an impatient hand: interrupted, killed, in somebody else's folders and environment."""
 
 import contextlib
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.support.make import environment, linked_venv
 from tests.support.network import free_port
 from tests.support.postgres import template
 from tests.support.wait import wait_until
@@ -24,7 +25,6 @@ from tools.embedded_postgres import Postgres, as_server_user, binaries
 
 ROOT = Path(__file__).parents[1]
 MODULE = "tools.serve"
-VENV = Path(sys.executable).parents[1]
 
 
 class MakeRun:
@@ -32,21 +32,20 @@ class MakeRun:
 
     Args:
         data: its DATA folder.
+        hangup: what SIGHUP does: `default`, or `ignore` as under nohup.
         settings: further variables of its environment.
     """
 
-    def __init__(self, data: Path, **settings: str) -> None:
+    def __init__(self, data: Path, hangup: str = "default", **settings: str) -> None:
         self.port = settings.get("PORT") or str(free_port())
-        own = ("PG", "MAKE", "HOST", "PORT", "METRICS_", "VENV", "DATA", "PYTHON")
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(own)}
-        clean |= {"PORT": self.port, "METRICS_PORT": "0", "WEB_CONCURRENCY": "1"} | settings
         self.data = data
         self.output = ""
         self.process = subprocess.Popen(
             # A shell starts background jobs with SIGINT ignored, and programs inherit that.
-            ["env", "--default-signal=INT", "make", "run", f"DATA={data}", f"VENV={VENV}"],
+            ["env", "--default-signal=INT", f"--{hangup}-signal=HUP"]
+            + ["make", "run", f"DATA={data}", f"VENV={linked_venv()}"],
             cwd=ROOT,
-            env=clean,
+            env=environment(**{"PORT": self.port, "METRICS_PORT": "0", "WEB_CONCURRENCY": "1"} | settings),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -58,10 +57,15 @@ class MakeRun:
         make = psutil.Process(self.process.pid)
         return [make, *make.children(recursive=True)]
 
-    def wait_serving(self) -> str:
-        """Wait until it says how to use the service; return its lines."""
+    def supervisor(self) -> psutil.Process:
+        """Return the process that starts and stops the others."""
+        [supervisor] = [process for process in self.processes() if MODULE in process.cmdline()]
+        return supervisor
+
+    def wait_serving(self, words: str = "curl http") -> str:
+        """Wait until it says how to use the service, or other words; return its lines."""
         assert self.process.stdout is not None
-        while "curl http" not in self.output:
+        while words not in self.output:
             line = self.process.stdout.readline()
             assert line, self.output
             self.output += line
@@ -103,8 +107,8 @@ def users_of(data: Path) -> list[psutil.Process]:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Iterator[Path]:
-    """A DATA folder; whatever still uses it after the test is killed."""
-    folder = tmp_path / "data"
+    """A DATA folder with a space in its name; whatever still uses it after the test is killed."""
+    folder = tmp_path / "my data"
     yield folder
     for process in users_of(folder):
         process.kill()
@@ -156,7 +160,8 @@ def test_service_listens_on_loopback_only(running: MakeRun) -> None:
 
 
 # What is in DATA at each step of the first start
-STEPS = ["lock", "data.new-*", "data.new-*/PG_VERSION", "data.new-*/base/1", "data.new-*/base/4", "data/server.log"]
+NEW = ".made-by-make-data-*"
+STEPS = ["lock", NEW, f"{NEW}/PG_VERSION", f"{NEW}/base/1", f"{NEW}/base/4", "data/server.log"]
 
 
 def has_reached(run: MakeRun, step: str) -> bool:
@@ -175,14 +180,14 @@ def test_first_start_interrupted_at_any_step_spoils_nothing(data: Path) -> None:
     run.wait_serving()
     assert run.ask("1990-05-17") == 204
     run.stop()
-    assert list(data.glob("data.new*")) == []
+    assert sorted(path.name for path in data.iterdir()) == ["data", "lock"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])  # an impatient hand; `timeout 5 make run`
 def test_signals_while_it_stops_leave_no_process(created: Path, number: int) -> None:
     run = MakeRun(created, HEAD_TIMEOUT="2")
     run.wait_serving()
-    [supervisor] = [process for process in run.processes() if MODULE in process.cmdline()]
+    supervisor = run.supervisor()
     with socket.create_connection(("127.0.0.1", int(run.port))) as client:
         client.sendall(b"GET /hello/Zoe HTTP/1.1\r\n")  # a request that is not complete: stopping takes a while
         for _ in range(5):
@@ -193,51 +198,112 @@ def test_signals_while_it_stops_leave_no_process(created: Path, number: int) -> 
         assert [process for process in users_of(created) if process.pid != run.process.pid] == []
 
 
-def test_next_start_ends_what_a_killed_one_left(created: Path) -> None:
-    killed = MakeRun(created)
-    killed.wait_serving()
-    assert killed.ask("1990-05-17") == 204
-    for process in killed.processes():
-        if MODULE in process.cmdline():
-            process.kill()
-    killed.process.wait(20)
+KILLED = {
+    "the supervisor": lambda run: [run.supervisor()],
+    "the supervisor's children": lambda run: run.supervisor().children(),
+    "the supervisor and its children": lambda run: [run.supervisor(), *run.supervisor().children()],
+    "all but make": lambda run: run.processes()[1:],
+}
+
+
+@pytest.mark.parametrize("killed", KILLED.values(), ids=KILLED)
+def test_next_start_serves_after_processes_were_killed(
+    created: Path, killed: Callable[[MakeRun], list[psutil.Process]]
+) -> None:
+    first = MakeRun(created)
+    first.wait_serving()
+    assert first.ask("1990-05-17") == 204
     left = users_of(created)
-    assert len(left) > 1
-    run = MakeRun(created, PORT=killed.port)
+    for process in killed(first):
+        process.kill()
+    first.process.wait(20)
+    run = MakeRun(created, PORT=first.port)
     run.wait_serving()
     assert run.ask() == 200
     assert set(left) & set(users_of(created)) == set()
     run.stop()
 
 
-def test_next_start_does_not_end_a_process_that_has_the_id_of_one_that_ended(created: Path) -> None:
-    with subprocess.Popen(["sleep", "60"], start_new_session=True) as other:
-        (created / "lock").write_text(f"{other.pid} an-earlier-time {int(signal.SIGTERM)}\n")
-        run = MakeRun(created)
-        run.wait_serving()
+def test_second_make_run_on_the_same_folder_waits_until_the_first_has_stopped(created: Path) -> None:
+    first = MakeRun(created)
+    first.wait_serving()
+    second = MakeRun(created)
+    second.wait_serving("Waiting for another `make run` on ")
+    assert first.ask("1990-05-17") == 204
+    first.send(signal.SIGINT)
+    second.wait_serving()
+    assert second.ask() == 200
+    second.stop()
+
+
+@pytest.mark.parametrize("lock", [b"damaged", b"\xff\n1 2\n"])
+def test_lock_with_anything_in_it_is_a_lock(created: Path, lock: bytes) -> None:
+    (created / "lock").write_bytes(lock)
+    run = MakeRun(created)
+    run.wait_serving()
+    run.stop()
+    assert (created / "lock").read_bytes() == lock
+
+
+def ignores(process: psutil.Process, number: int) -> bool:
+    """Return whether a process ignores a signal."""
+    mask = re.findall(r"SigIgn:\t(\w+)", Path(f"/proc/{process.pid}/status").read_text())[0]
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("hangup", ["default", "ignore"])
+def test_hangup_stops_it_but_not_under_nohup(created: Path, hangup: str) -> None:
+    run = MakeRun(created, hangup)
+    run.wait_serving()
+    assert ignores(run.supervisor(), signal.SIGHUP) == (hangup == "ignore")
+    run.send(signal.SIGHUP)
+    if hangup == "ignore":
+        assert run.ask("1990-05-17") == 204
         run.stop()
-        assert other.poll() is None
-        other.kill()
+    run.wait_stopped()
 
 
-def test_second_make_run_on_the_same_folder_says_so(running: MakeRun) -> None:
-    second = MakeRun(running.data)
-    assert second.process.communicate(timeout=20)[0].startswith("Another `make run` (process ")
-    assert running.ask("1990-05-17") == 204
+# --- In somebody else's environment and folders -----------------------------------------------------
+
+LIBPQ = {
+    "PGSSLMODE": "require",
+    "PGREQUIREAUTH": "scram-sha-256",
+    "PGCHANNELBINDING": "require",
+    "PGOPTIONS": "-c default_transaction_read_only=on",
+    "PGTARGETSESSIONATTRS": "standby",
+    "PGTZ": "Nowhere",
+    "PGSERVICEFILE": "/nowhere",
+}
+
+
+@pytest.mark.parametrize("settings", [LIBPQ, {"PYTHONSAFEPATH": "1"}], ids=["libpq", "safe path"])
+def test_variables_that_are_meant_for_others_do_no_harm(created: Path, settings: dict[str, str]) -> None:
+    run = MakeRun(created, **settings)
+    run.wait_serving()
+    assert run.ask("1990-05-17") == 204
+    run.stop()
+
+
+def test_folder_data_without_a_database_is_left_alone(data: Path) -> None:
+    (data / "data").mkdir(parents=True)
+    (data / "data" / "letter.txt").write_text("Dear Zoe")
+    assert "/data is no database: name another folder, as in `make run DATA=" in MakeRun(data).wait_stopped()
+    assert [path.name for path in (data / "data").iterdir()] == ["letter.txt"]
 
 
 # --- What cannot work says so in one line -----------------------------------------------------------
 
 
-def test_data_folder_that_cannot_be_started_says_what_to_do(data: Path) -> None:
+def test_data_of_another_version_are_reported_with_the_error_of_postgres_and_stay(data: Path) -> None:
     (data / "data").mkdir(parents=True)
+    (data / "data" / "postgresql.conf").touch()
     (data / "data" / "PG_VERSION").write_text("17\n")
     (data / "data").chmod(0o700)
     if os.geteuid() == 0:
         shutil.chown(data / "data", "nobody")
     output = MakeRun(data).wait_stopped()
-    assert "The embedded Postgres did not start: " in output
-    assert "`make clean WITH_DATA=yes`" in output
+    assert re.search("The embedded Postgres did not start: .*FATAL:  database files are incompatible", output)
+    assert "clean" not in output
     assert "Traceback" not in output
 
 
@@ -272,8 +338,9 @@ def test_database_that_cannot_be_reached_says_so_in_one_line(data: Path) -> None
 def test_postgres_that_does_not_start_is_reported_with_its_own_error(tmp_path: Path, message: str) -> None:
     (tmp_path / "server.log").write_text("FATAL:  an earlier start\n")
     script = f"echo '{message}'; echo 'FATAL:  the database system is starting up'"
+    (tmp_path / "PG_VERSION").touch()
     server = Postgres(tmp_path)
-    server.popen = lambda command, **options: subprocess.Popen(["sh", "-c", script], **options)
+    server.prefix = ("sh", "-c", script)
     with pytest.raises(SystemExit, match=f"did not start: {message} "):
         server.start()
     server.stop()

@@ -177,7 +177,7 @@ def pods(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pod, Pod]]:
     skip_without_engine()
     prefix = f"hello-k8s-test{os.getpid()}"
     image = f"hello:{prefix}"
-    subprocess.run(["make", "build", f"VERSION={prefix}"], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(["make", "build", f"HELLO_VERSION={prefix}"], cwd=ROOT, check=True, capture_output=True)
     template = copy.deepcopy(API_POD)
     for container in containers(template):
         container["image"] = image

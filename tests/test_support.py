@@ -13,7 +13,6 @@ from tests.support.load import Journal, days_until_birthday
 from tests.support.network import Response, free_port, responses, silent_port
 from tests.support.postgres import Database
 from tests.support.wait import in_thread, wait_until
-from tools.mutations import read_mutations
 
 TODAY = date(2026, 3, 10)
 
@@ -167,8 +166,3 @@ def test_blackhole_passes_nothing_on_until_it_heals(server: Database, proxy: Fau
     assert isinstance(opening.exception(10), psycopg2.OperationalError)
     insert(connect(proxy), 2)
     assert server.query("SELECT n FROM seen") == [(2,)]
-
-
-def test_mutations_with_a_word_that_no_patch_has_say_so() -> None:
-    with pytest.raises(SystemExit, match="in its name: no-such-word"):
-        read_mutations(["no-such-word"])

@@ -1,27 +1,42 @@
 #!/bin/sh
 # Remove what make made; with WITH_DATA=yes also the data of `make run` and Compose: `make clean`.
+# A folder was made by make if `.made-by-make` is in it, an image if it has the label of the Dockerfile.
 set -eu
-# The list of the processes of `make run` is empty if it ended normally.
-if [ -s "$DATA/lock" ]; then
-  for python in "$VENV/bin/python" ${PYTHON:+"$PYTHON"} python3 python3.14 python3.13 python3.12 python3.11 python none; do
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
-  done
-  if [ "$python" = none ]; then
-    echo "$DATA may be in use, and there is no Python 3.11 or newer to check it: nothing was removed." >&2
-    exit 1
+
+# Remove a folder if make made it. It is renamed first, so that an interruption leaves nothing that looks usable.
+remove() {
+  removed=$(dirname "$1")/.made-by-make-removed
+  if [ -e "$1/.made-by-make" ]; then
+    mv "$1" "$removed"
+  elif [ -e "$1" ]; then
+    echo "Kept: $1, because make did not make it."
   fi
-  # Exits if `make run` is running; ends the processes that a killed one left.
-  "$python" -m tools.processes "$DATA/lock"
+  rm -rf "$removed"
+}
+
+if [ -e "$DATA/lock" ]; then
+  exec 9>>"$DATA/lock"
+  # macOS has no flock: there, Postgres' own file says that it runs, or that it was killed.
+  if command -v flock >/dev/null; then flock --nonblock 9; else [ ! -e "$DATA/data/postmaster.pid" ]; fi || {
+    echo "A \`make run\` uses $DATA: stop it first. Nothing was removed." >&2
+    exit 1
+  }
+fi
+remove "$VENV/bench"
+remove "$VENV/docs"
+remove "$VENV"
+if [ "$WITH_DATA" = yes ]; then
+  remove "$DATA/data"
+  rm -rf "$DATA"/.made-by-make-*
+  # `make run` writes nothing into its lock.
+  if [ -e "$DATA/lock" ] && [ ! -s "$DATA/lock" ]; then rm "$DATA/lock"; fi
+  rmdir "$DATA" 2>/dev/null || true
+else
+  echo "Kept: the data in $DATA and in the volume ${COMPOSE_PROJECT_NAME}_data. \`make clean WITH_DATA=yes\` removes it."
 fi
 if docker info >/dev/null 2>&1; then
-  docker compose down --remove-orphans "--volumes=$([ "$WITH_DATA" = yes ] && echo true || echo false)"
-  docker image rm --force "hello:$VERSION" >/dev/null 2>&1 || true
-fi
-rm -rf __pycache__ */__pycache__ */*/__pycache__ .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage .coverage.*
-# Not a folder that make did not create
-if [ -e "$VENV/pyvenv.cfg" ]; then rm -rf "$VENV"; fi
-if [ "$WITH_DATA" != yes ]; then
-  echo "Kept: $DATA and the volume hello_data. \`make clean WITH_DATA=yes\` removes them."
-elif [ -e "$DATA/data" ]; then
-  rm -rf "$DATA"
+  tools/compose_down.sh "--volumes=$([ "$WITH_DATA" = yes ] && echo true || echo false)"
+  image=$(docker image ls --quiet --filter reference="hello:$HELLO_VERSION" \
+    --filter label=org.opencontainers.image.description='A birthday greeting service')
+  if [ -n "$image" ]; then docker image rm "hello:$HELLO_VERSION" >/dev/null; fi
 fi

@@ -5,7 +5,7 @@ if ! docker compose up --detach --wait --quiet-pull; then
   if [ "$(docker compose ps --all --format '{{.ExitCode}}' init-db)" != 0 ]; then
     docker logs --tail 1 "$(docker compose ps --all --quiet init-db)" >&2
   fi
-  echo 'hello is not up: `docker compose logs` shows why; remove the cause, then `make compose-up` again.' >&2
+  echo "hello is not up: \`docker compose logs\` shows why; remove the cause, then \`make compose-up\` again." >&2
   exit 1
 fi
 port=$(docker compose port api 8080 | sed 's/.*://')

@@ -1,18 +1,57 @@
 #!/bin/sh
-# Bring the virtual environment VENV up to date with requirements/$1.txt, made by PYTHON or by the first Python that is new enough.
-new_enough='import sys; sys.exit(sys.version_info < (3, 11))'
-if [ -n "$PYTHON" ]; then
-  if ! command -v "$PYTHON" >/dev/null; then
-    echo "PYTHON=$PYTHON is no program: name one with PYTHON=/path/to/python3." >&2
-    exit 1
-  elif ! "$PYTHON" -c "$new_enough" 2>/dev/null; then
-    echo "PYTHON=$PYTHON cannot be used: hello needs Python 3.11 or newer." >&2
-    exit 1
-  fi
-  exec "$PYTHON" tools/environment.py "$VENV" "$1" exactly
+# Bring the virtual environment VENV up to date with requirements/$1.txt: `make run-environment`.
+# In it, `.made-by-make` says that make may empty it, and `installed-NAME.txt` is a copy of what was installed last.
+set -eu
+mark=$VENV/.made-by-make
+requirements=requirements/$1.txt
+installed=$VENV/installed-$1.txt
+print_version='import sys; sys.version_info < (3, 11) and sys.exit(1); print(*sys.version_info[:2], sep=".")'
+
+fail() {
+  echo "$1" >&2
+  exit 1
+}
+
+# Set `python` to PYTHON or to the first Python that is new enough, and `wanted` to its version.
+find_python() {
+  set -- python3 python3.14 python3.13 python3.12 python3.11 python
+  [ -z "$PYTHON" ] || set -- "$PYTHON"
+  for python; do
+    if wanted=$("$python" -c "$print_version" 2>/dev/null); then return; fi
+  done
+  fail "hello needs Python 3.11 or newer, and this is none: $*. Name one: \`make run PYTHON=/path/to/python3\`."
+}
+
+mkdir -p "$VENV" 2>/dev/null ||
+  fail "$VENV cannot be made: name other folders, as in \`make run VENV=\"\$HOME/venv\" DATA=\"\$HOME/data\"\`."
+
+# Not two installations at once. pip inherits the lock and holds it even if this shell is killed. macOS has no flock.
+exec 9<"$VENV"
+if command -v flock >/dev/null && ! flock --nonblock 9; then
+  echo "Waiting for another \`make\` that installs into $VENV ..."
+  flock 9
 fi
-for python in python3 python3.14 python3.13 python3.12 python3.11 python "$VENV/bin/python"; do
-  "$python" -c "$new_enough" 2>/dev/null && exec "$python" tools/environment.py "$VENV" "$1"
-done
-echo 'hello needs Python 3.11 or newer on the PATH: install it, or name one with PYTHON=/path/to/python3.' >&2
-exit 1
+
+present=$("$VENV/bin/python" -c "import pip; $print_version" 2>/dev/null) || present=
+if [ -e "$mark" ] && ! ls "$VENV"/installed-*.txt >/dev/null 2>&1; then
+  present= # an installation was interrupted
+fi
+wanted=$present
+if [ -z "$present" ] || [ -n "$PYTHON" ]; then find_python; fi
+
+if [ "$present" != "$wanted" ]; then
+  [ -e "$mark" ] || [ -z "$(ls -A "$VENV")" ] ||
+    fail "$VENV has no Python $wanted with pip, and make did not make it: name another, as in \`make run VENV=.venv2\`."
+  "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+    fail 'This Python has no venv module: install it (on Debian: apt-get install python3-venv).'
+  touch "$mark"
+  find "$VENV" -mindepth 1 -maxdepth 1 ! -name .made-by-make -exec rm -rf {} +
+  "$python" -m venv "$VENV"
+elif cmp -s "$requirements" "$installed"; then
+  exit
+fi
+echo "Installing $requirements into $VENV; the first time, this downloads packages ..."
+rm -f "$VENV"/installed-*.txt
+"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r "$requirements"
+if [ "$1" = dev ]; then cp requirements/run.txt "$VENV/installed-run.txt"; fi
+cp "$requirements" "$installed"

@@ -3,5 +3,5 @@
 set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-docker save --output "$folder/image.tar" "hello:$VERSION"
+docker save --output "$folder/image.tar" "hello:$HELLO_VERSION"
 docker run --rm --volume "$folder:/scan:ro" "$GRYPE" docker-archive:/scan/image.tar --only-fixed --fail-on high
