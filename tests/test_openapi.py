@@ -8,6 +8,7 @@ import sys
 import unicodedata
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 from webtest import TestApp
 
 import hello
+from server import parser
 from tests.support.network import LOOPBACK, Response, free_port, read_all, responses
 from tests.support.postgres import Database
 from tests.support.service import Service
@@ -282,6 +284,11 @@ def test_example_of_a_protocol_error_is_what_its_bytes_get(services: dict[str, S
     assert response.status == example.status
     check(response, "GET", PROTOCOL_ERROR)
     assert json.loads(response.content) == example.value
+
+
+def test_examples_of_protocol_errors_are_the_errors_of_the_parser() -> None:
+    values = [value for value in vars(parser).values() if isinstance(value, tuple)]
+    assert {value for value in values if isinstance(value[0], HTTPStatus)} == MESSAGES_OF_PROTOCOL_ERRORS
 
 
 def test_example_of_a_bug_is_what_a_bug_gets(monkeypatch: pytest.MonkeyPatch) -> None:
