@@ -25,7 +25,7 @@ import threading
 import traceback
 import unicodedata
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import date, datetime
 from http.client import responses
 from pathlib import Path
@@ -60,7 +60,14 @@ class Setting(NamedTuple):
 SETTINGS: dict[str, Setting] = {}
 
 
-def number(name: str, default: Value, unit: str, minimum: float, meaning: str, maximum: float = 1_000_000) -> Value:
+def number(
+    name: str,
+    default: Value,
+    unit: str,
+    minimum: float,
+    meaning: str,
+    maximum: float = 1_000_000,
+) -> Value:
     """Declare and read a number of the default's type; exit with one line if the value is wrong."""
     SETTINGS[name] = Setting(name, default, unit, minimum, meaning, maximum)
     text = os.environ.get(name) or str(default)
@@ -109,8 +116,9 @@ JOIN_SHARE = 0.1  # of QUEUE_TIMEOUT; requests may join a batch that has waited 
 CLOCK_SECONDS = 0.05  # how old the server's time may be that a write relies on
 KEEP_OPEN_SECONDS = 5.0
 YIELD_SECONDS = 1e-6  # other threads and greenlets run
-DEFAULT_PORT = 5432
+DEFAULT_PORT = "5432"
 EXAMPLE = '{"dateOfBirth": "YYYY-MM-DD"}'
+LOG = logging.getLogger("hello")
 OPENAPI = Path(__file__).with_name("openapi.yaml").read_bytes()
 SCHEMA = Path(__file__).with_name("schema.sql")
 
@@ -205,6 +213,9 @@ def days_until_birthday(born: date, on: date) -> int:
 Header = tuple[str, str]
 
 
+COMMON_HEADERS = (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"))
+
+
 class Response(NamedTuple):
     """A status code, content and its media type (None for no content), and additional headers."""
 
@@ -217,7 +228,12 @@ class Response(NamedTuple):
 class HTTPError(Exception):
     """An error that is answered with a status, a message and additional headers."""
 
-    def __init__(self, status: int, message: str, *headers: Header) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *headers: Header,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
@@ -247,10 +263,12 @@ def parse_username(text: str) -> str:
     except UnicodeError:
         raise HTTPError(400, "The username must be percent-encoded UTF-8.") from None
     name = unicodedata.normalize("NFC", decoded)
-    kinds = "".join([unicodedata.category(character)[0] for character in name])
-    if not kinds.startswith("L") or not set(kinds) <= {"L", "M"}:
+    kinds = [unicodedata.category(character)[0] for character in name]  # L is a letter, M a mark
+    begins_with_a_letter = kinds[:1] == ["L"]
+    if not begins_with_a_letter or set(kinds) - {"L", "M"}:
         raise HTTPError(400, "The username must be one or more letters and nothing else.")
-    if kinds.count("L") > MAX_NAME_LETTERS or len(name.encode()) > MAX_NAME_BYTES:
+    size = len(name.encode())
+    if kinds.count("L") > MAX_NAME_LETTERS or size > MAX_NAME_BYTES:
         raise HTTPError(400, f"The username must be at most {MAX_NAME_LETTERS} letters and {MAX_NAME_BYTES:,} bytes.")
     return name
 
@@ -358,12 +376,15 @@ def route(environ: WSGIEnvironment) -> Response:
     if template not in ROUTES:
         raise HTTPError(404, f"This path does not exist: try {', '.join(ROUTES)}.")
     environ["hello.route"] = template
-    arguments = [parse_username(path.removeprefix("/hello/"))] if template == USER_ROUTE else []
+    arguments = []
+    if template == USER_ROUTE:
+        arguments.append(parse_username(path.removeprefix("/hello/")))
     method = environ["REQUEST_METHOD"]
-    handler = ROUTES[template].get("GET" if method == "HEAD" else method)
+    handlers = ROUTES[template]
+    handler = handlers.get("GET" if method == "HEAD" else method)
     if handler:
         return handler(environ, *arguments)
-    methods = ", ".join(sorted({*ROUTES[template], "HEAD", "OPTIONS"}))
+    methods = ", ".join(sorted([*handlers, "HEAD", "OPTIONS"]))
     if method == "OPTIONS":
         return Response(204, headers=(("Allow", methods),))
     raise HTTPError(405, f"The method must be one of {methods}.", ("Allow", methods))
@@ -371,8 +392,9 @@ def route(environ: WSGIEnvironment) -> Response:
 
 def log_bug(error: Exception) -> None:
     """Log where an exception was raised, and not its text, which may hold personal data."""
+    kind = type(error).__name__
     place = traceback.extract_tb(error.__traceback__)[-1]
-    logging.getLogger("hello").error("%s in %s, line %s", type(error).__name__, place.filename, place.lineno)
+    LOG.error("%s in %s, line %s", kind, place.filename, place.lineno)
 
 
 def respond(environ: WSGIEnvironment) -> Response:
@@ -389,7 +411,7 @@ def respond(environ: WSGIEnvironment) -> Response:
 def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
     """Answer a request (PEP 3333)."""
     response = respond(environ)
-    headers = [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), *response.headers]
+    headers = [*COMMON_HEADERS, *response.headers]
     if response.content is not None:
         headers.append(("Content-Type", response.content_type))
         headers.append(("Content-Length", str(len(response.content))))
@@ -487,6 +509,11 @@ lookups: dict[str, Lookup] = {}  # the last one of each name
 failed_at: dict[Server, float] = {}  # monotonic seconds
 
 
+def last_failure(server: Server) -> float:
+    """Return when a server has failed, in monotonic seconds; 0 if it has not."""
+    return failed_at.get(server, 0)
+
+
 def needs_lookup(host: str) -> bool:
     """Return whether a host is a name or an address, and not a folder of sockets."""
     return bool(host) and not host.startswith(("/", "@"))
@@ -516,19 +543,26 @@ def find_servers(deadline: float) -> list[Server]:
     """Return the servers in PGHOST, those that failed last at the end; raise HostNotFound.
 
     libpq's own lookup of names would block the process. At half of the time it goes on with the names that are known.
+    The list is empty if PGHOST is not set, or PGHOSTADDR is: then libpq has nothing to look up.
     """
-    started = {host: look_up(host) for host in postgres_hosts() if needs_lookup(host)}
+    if not os.environ.get("PGHOST") or os.environ.get("PGHOSTADDR"):
+        return []
+    names = [host for host in postgres_hosts() if needs_lookup(host)]
+    started = {name: look_up(name) for name in names}
     half_time = (monotonic() + deadline) / 2
     for moment in (half_time, deadline):
         for lookup in started.values():
             lookup.done.wait(max(0, moment - monotonic()))
         servers = known_servers(started)
         if servers:
-            return sorted(servers, key=lambda server: failed_at.get(server, 0))
-    raise HostNotFound(f"PGHOST={','.join(started)} has no address")
+            return sorted(servers, key=last_failure)
+    raise HostNotFound(f"PGHOST={','.join(names)} has no address")
 
 
 # --- Postgres: connections --------------------------------------------------------------------------
+Row = tuple[Any, ...]
+
+
 class Connection:
     """A connection to Postgres of which every wait ends at a deadline, in monotonic seconds.
 
@@ -542,15 +576,14 @@ class Connection:
 
     def __init__(self, deadline: float) -> None:
         """Connect with libpq's settings; raise TimeoutError or psycopg2.Error."""
-        names_are_libpqs = not os.environ.get("PGHOST") or os.environ.get("PGHOSTADDR")
-        self.servers = [] if names_are_libpqs else find_servers(deadline)
+        self.servers = find_servers(deadline)
         self.opened = monotonic()
-        self.connection = psycopg2.connect("", async_=True, **connection_options(self.servers))
+        options = connection_options(self.servers)
+        self.connection = psycopg2.connect("", async_=True, **options)
         self.wait(deadline)
-        # A commit that was given up has waited for half of DATABASE_TIMEOUT.
-        [(server_time, server_id, waiting)] = self.execute(ON_CONNECT, (DATABASE_TIMEOUT / 2,), deadline)
-        self.server_id: str = server_id
-        self.waiting_commits: int = waiting
+        given_up = DATABASE_TIMEOUT / 2  # so long has a commit waited for a standby that was given up
+        [row] = self.execute(ON_CONNECT, (given_up,), deadline)
+        server_time, self.server_id, self.waiting_commits = row
         self.note_clock(server_time)
 
     def wait(self, deadline: float) -> None:
@@ -578,7 +611,12 @@ class Connection:
         if not poller.poll(milliseconds):
             raise TimeoutError("Postgres does not answer in time")
 
-    def execute(self, statement: str, parameters: tuple[Any, ...] | None, deadline: float) -> list[tuple[Any, ...]]:
+    def execute(
+        self,
+        statement: str,
+        parameters: Row | None,
+        deadline: float,
+    ) -> list[Row]:
         """Run a statement and return the rows of its last part; raise TimeoutError or psycopg2.Error."""
         self.connection.notices.clear()
         try:
@@ -617,12 +655,13 @@ class Connection:
 
     def abandon(self) -> None:
         """Close the connection; later attempts to connect try its server last."""
-        host, port = self.connection.info.host, self.connection.info.port
+        info = self.connection.info
+        place = (info.host, str(info.port))
         self.close()
         for server in self.servers:
-            if server.host == host and int(server.port or DEFAULT_PORT) == port:
+            if (server.host, server.port or DEFAULT_PORT) == place:
                 failed_at[server] = monotonic()
-                return  # if the host has several addresses, libpq does not tell which one it was
+                return  # libpq does not tell which of a host's addresses it was
 
 
 def connection_options(servers: list[Server]) -> dict[str, Any]:
@@ -633,10 +672,12 @@ def connection_options(servers: list[Server]) -> dict[str, Any]:
         "tcp_user_timeout": milliseconds(CONNECT_TIMEOUT),
     }
     if servers:
-        options["host"] = ",".join([server.host for server in servers])
-        options["hostaddr"] = ",".join([server.hostaddr for server in servers])
-        options["port"] = ",".join([server.port for server in servers])
-    if len(postgres_hosts()) > 1 and not os.environ.get("PGTARGETSESSIONATTRS"):
+        hosts, addresses, ports = zip(*servers, strict=True)
+        options["host"] = ",".join(hosts)
+        options["hostaddr"] = ",".join(addresses)
+        options["port"] = ",".join(ports)
+    has_several_hosts = len(postgres_hosts()) > 1
+    if has_several_hosts and not os.environ.get("PGTARGETSESSIONATTRS"):
         options["target_session_attrs"] = "read-write"
     return options
 
@@ -680,42 +721,42 @@ last_writes = LastWrites()
 
 
 # --- Postgres: statements ---------------------------------------------------------------------------
-def find(connection: Connection, usernames: Collection[str], deadline: float) -> dict[str, date | None]:
+Values = dict[str, Any]  # by username
+Results = dict[str, Any]  # by username
+
+
+def find(
+    connection: Connection,
+    usernames: Iterable[str],
+    deadline: float,
+) -> Results:
     """Return the date of birth of each user, None if there is none."""
-    parameters = (milliseconds(STATEMENT_TIMEOUT), list(usernames))
+    names = list(usernames)
+    parameters = (milliseconds(STATEMENT_TIMEOUT), names)
     try:
         rows = connection.execute(FIND_DATES_OF_BIRTH, parameters, deadline)
     except ValueError:  # psycopg2's, of a year that Python does not have
         raise UnreadableRow("a date of birth is not from 0001 to 9999") from None
-    found: dict[str, date | None] = dict.fromkeys(usernames)
-    found.update(rows)
-    return found
+    return {**dict.fromkeys(names), **dict(rows)}
 
 
-def write(connection: Connection, statement: str, parameters: tuple[Any, ...], deadline: float) -> None:
+def write(
+    connection: Connection,
+    statement: str,
+    parameters: Row,
+    deadline: float,
+) -> None:
     """Run a statement that writes, at most once; return when its commit is safe.
 
-    After an error it has no effect and will have none, but after LostWrite until the deadline, and after
-    UnconfirmedWrite.
+    After an error it has no effect and will have none, with two exceptions: after LostWrite it may take effect until the
+    deadline, and after UnconfirmedWrite it has taken effect.
     """
     if connection.waiting_commits:
         refuse_to_write(connection, deadline)
     if monotonic() - connection.clock_read > CLOCK_SECONDS:
         [(server_time,)] = connection.execute(READ_CLOCK, None, deadline)
         connection.note_clock(server_time)
-    timeouts = milliseconds(STATEMENT_TIMEOUT), milliseconds(LOCK_TIMEOUT)
-    server_deadline = deadline + connection.clock_offset
-    message = WRITE.format(statement=statement)
-    try:
-        [(server_time,)] = connection.execute(message, (*timeouts, *parameters, server_deadline), deadline)
-    except LostConnection as error:
-        raise LostWrite(str(error)) from None
-    except errors.DivisionByZero:
-        connection.close()  # its clock_offset may be wrong
-        raise LateWrite("Postgres has undone a write because its deadline had passed") from None
-    except errors.ReadOnlySqlTransaction:
-        connection.abandon()
-        raise
+    server_time = run_guarded(connection, statement, parameters, deadline)
     if connection.warnings():
         connection.close()  # the next one asks how many commits wait
         raise UnconfirmedWrite("no synchronous standby has confirmed a write")
@@ -731,11 +772,36 @@ def refuse_to_write(connection: Connection, deadline: float) -> NoReturn:
     raise StandbyMissing("earlier writes still wait for a synchronous standby")
 
 
-def save(connection: Connection, dates: dict[str, date], deadline: float) -> dict[str, None]:
+def run_guarded(
+    connection: Connection,
+    statement: str,
+    parameters: Row,
+    deadline: float,
+) -> float:
+    """Run a statement with the guard of WRITE; return the server's time, in seconds since 1970."""
+    timeouts = milliseconds(STATEMENT_TIMEOUT), milliseconds(LOCK_TIMEOUT)
+    server_deadline = deadline + connection.clock_offset
+    message = WRITE.format(statement=statement)
+    values = (*timeouts, *parameters, server_deadline)
+    try:
+        [(server_time,)] = connection.execute(message, values, deadline)
+    except LostConnection as error:
+        raise LostWrite(str(error)) from None
+    except errors.DivisionByZero:
+        connection.close()  # its clock_offset may be wrong
+        raise LateWrite("Postgres has undone a write because its deadline had passed") from None
+    except errors.ReadOnlySqlTransaction:
+        connection.abandon()
+        raise
+    return float(server_time)
+
+
+def save(connection: Connection, dates: Values, deadline: float) -> Results:
     """Save the date of birth of each user."""
     rows = sorted(dates.items())  # in one order, so that two statements do not deadlock
     places = ", ".join(["%s"] * len(rows))
-    write(connection, SAVE_DATES_OF_BIRTH.format(rows=places), tuple(rows), deadline)
+    statement = SAVE_DATES_OF_BIRTH.format(rows=places)
+    write(connection, statement, tuple(rows), deadline)
     return dict.fromkeys(dates)
 
 
@@ -808,18 +874,18 @@ class Batch:
     def __init__(self) -> None:
         self.began = monotonic()
         self.requests = 0
-        self.rows: dict[str, Any] = {}
-        self.results: dict[str, Any] = {}  # a row without a result is answered with 503
+        self.rows: Values = {}
+        self.results: Results = {}  # a row without a result is answered with 503
         self.bug: Exception | None = None  # is answered with 500
         self.unsafe_until = 0.0  # monotonic seconds; a lost write may take effect until then
         self.done = threading.Event()
 
 
-Operation = Callable[[Connection, dict[str, Any], float], dict[str, Any]]
+Operation = Callable[[Connection, Values, float], Results]
 Observer = Callable[[str, int, float, Exception | None], None]
 
 
-def ignore(operation: str, requests: int, seconds: float, error: Exception | None) -> None:
+def ignore(*observation: object) -> None:
     """Observe nothing."""
 
 
@@ -918,36 +984,43 @@ class Batcher:
     def run(self, slot: Slot, batch: Batch) -> None:
         """Run a batch's statement; if one of its rows may have made it fail, run it for each row."""
         deadline = monotonic() + DATABASE_TIMEOUT
-        is_done = self.run_rows(slot, batch, batch.rows, deadline)
-        if is_done or len(batch.rows) == 1:
+        try:
+            self.run_rows(slot, batch, batch.rows, deadline)
+        except ROW_ERRORS:
+            self.run_row_by_row(slot, batch, deadline)
+
+    def run_row_by_row(self, slot: Slot, batch: Batch, deadline: float) -> None:
+        """Run the statement for each row of a batch that has several, while there is time."""
+        if len(batch.rows) == 1:
             return
         for username, value in batch.rows.items():
-            if monotonic() < deadline:
+            if monotonic() > deadline:
+                return
+            try:
                 self.run_rows(slot, batch, {username: value}, deadline)
+            except ROW_ERRORS:
+                continue
 
-    def run_rows(self, slot: Slot, batch: Batch, rows: dict[str, Any], deadline: float) -> bool:
-        """Run the statement for some rows and keep their results; return False after an error that a row can cause."""
+    def run_rows(
+        self,
+        slot: Slot,
+        batch: Batch,
+        rows: Values,
+        deadline: float,
+    ) -> None:
+        """Run the statement for some rows of a batch and keep the results; raise one of ROW_ERRORS."""
+        start = monotonic()
         requests = batch.requests if rows is batch.rows else 1
         try:
-            batch.results |= self.observed(slot, rows, requests, deadline)
-        except ROW_ERRORS:
-            return False
-        except LostWrite:
-            batch.unsafe_until = deadline
-        except DATABASE_ERRORS:
-            return True
-        return True
-
-    def observed(self, slot: Slot, rows: dict[str, Any], requests: int, deadline: float) -> dict[str, Any]:
-        """Return the operation's results, and call `observe`."""
-        start = monotonic()
-        try:
-            results = self.operation(slot.ready(deadline), rows, deadline)
+            connection = slot.ready(deadline)
+            batch.results |= self.operation(connection, rows, deadline)
+            self.observe(self.name, requests, monotonic() - start, None)
         except DATABASE_ERRORS as error:
             self.observe(self.name, requests, monotonic() - start, error)
-            raise
-        self.observe(self.name, requests, monotonic() - start, None)
-        return results
+            if isinstance(error, LostWrite):
+                batch.unsafe_until = deadline
+            if isinstance(error, ROW_ERRORS):
+                raise
 
 
 READ_POOL = Pool("read", DATABASE_CONNECTIONS)
