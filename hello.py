@@ -748,8 +748,8 @@ def write(
 ) -> None:
     """Run a statement that writes, at most once; return when its commit is safe.
 
-    After an error it has no effect and will have none, with two exceptions: after LostWrite it may take effect until the
-    deadline, and after UnconfirmedWrite it has taken effect.
+    After an error it has no effect and will have none, with two exceptions: after LostWrite it may take effect until
+    the deadline, and after UnconfirmedWrite it has taken effect.
     """
     if connection.waiting_commits:
         refuse_to_write(connection, deadline)
