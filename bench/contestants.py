@@ -178,12 +178,16 @@ CONTESTANTS: list[Contestant] = [
     Service("constant", "a constant under hello's server", "gunicorn bench.peers.constant:application", OFF),
     Pgbench("pgbench", "pgbench, hello's message for one row"),
 ]
-GROWTH: list[Contestant] = [
-    contestant
-    for users in USER_COUNTS
-    if users != USERS
-    for contestant in (Service(f"hello {users}", "", HELLO, users=users), Pgbench(f"pgbench {users}", "", users))
-]
+
+
+def growth_contestants() -> list[Contestant]:
+    """Return hello and pgbench with fewer and with more users than the others."""
+    contestants: list[Contestant] = []
+    for users in USER_COUNTS:
+        if users != USERS:
+            contestants.append(Service(f"hello {users}", "", HELLO, users=users))
+            contestants.append(Pgbench(f"pgbench {users}", "", users))
+    return contestants
 
 
 def hello_of(folder: Path) -> Service:

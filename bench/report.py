@@ -71,8 +71,11 @@ def growth(results: Results) -> list[str]:
     rows = []
     for users in USER_COUNTS:
         suffix = "" if users == USERS else f" {users}"
-        cells = [spread(results.samples[name + suffix, m]) for m in METHODS for name in ("hello", "pgbench")]
-        rows.append([f"{users:,}", *cells])
+        cells = [f"{users:,}"]
+        for method in METHODS:
+            cells.append(spread(results.samples[f"hello{suffix}", method]))
+            cells.append(spread(results.samples[f"pgbench{suffix}", method]))
+        rows.append(cells)
     return table("users | hello GET/s | pgbench GET/s | hello PUT/s | pgbench PUT/s", rows)
 
 
@@ -113,10 +116,13 @@ def readme_block(results: Results) -> str:
     """Return what the README says about the speed."""
     rows = []
     for contestant in results.contestants:
-        if contestant.name in README_ROWS:
-            samples = [results.samples[contestant.name, method] for method in METHODS]
-            cells = [cell for s in samples for cell in (spread(s), number(s.p99, "{:.1f}"))]
-            rows.append([contestant.label, *cells])
+        if contestant.name not in README_ROWS:
+            continue
+        cells = [contestant.label]
+        for method in METHODS:
+            samples = results.samples[contestant.name, method]
+            cells += [spread(samples), number(samples.p99, "{:.1f}")]
+        rows.append(cells)
     get, put = (results.samples["hello-1", method].rate for method in METHODS)
     return "\n".join(
         [

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.contestants import CONTESTANTS, GROWTH, Contestant, build_go_peer, hello_of, running
+from bench.contestants import CONTESTANTS, Contestant, build_go_peer, growth_contestants, hello_of, running
 from bench.database import create_database, postgres
 from bench.load import METHODS, Load, Samples
 from bench.report import README_BLOCK, Results, comparison, readme_block, report
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
     """Measure what the arguments ask for, write the files, and return the report."""
     compared = choose(arguments)
     is_part = bool(arguments.only or arguments.against)
-    results = measure(compared, [] if is_part else GROWTH, arguments.rounds, arguments.seconds)
+    results = measure(compared, [] if is_part else growth_contestants(), arguments.rounds, arguments.seconds)
     if is_part:
         return comparison(results)
     lines = report(results)
