@@ -2,6 +2,7 @@
 
 import os
 import resource
+from threading import Thread
 from typing import Any
 
 from server import metrics, settings
@@ -31,7 +32,7 @@ def pre_fork(server: Any, worker: Any) -> None:
 
 
 def post_worker_init(worker: Any) -> None:
-    """Wrap the application in telemetry, and log uncaught exceptions instead of gevent's tracebacks."""
+    """Wrap the application in telemetry, log uncaught exceptions, and open the connections to Postgres."""
     import gevent  # in the worker, because the master must import neither gevent nor hello
 
     import hello
@@ -41,6 +42,8 @@ def post_worker_init(worker: Any) -> None:
     gevent.get_hub().print_exception = logs.log_uncaught  # type: ignore[method-assign, assignment]
     if settings.TELEMETRY == "on":
         worker.wsgi = worker.telemetry = TelemetryMiddleware(worker.wsgi, hello, worker.number, metrics.SNAPSHOTS)
+    # A greenlet, since gevent has patched threads. The worker does not wait for it.
+    Thread(target=hello.keep_connected, name="keep-connected", daemon=True).start()
 
 
 def worker_exit(server: Any, worker: Any) -> None:
