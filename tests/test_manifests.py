@@ -140,8 +140,8 @@ def test_object_has_the_recommended_labels(item: Object) -> None:
     ("name", "pattern"),
     [
         ("k8s/api-deployment.yaml", r"image: hello:(.+)"),
-        ("Makefile", r"VERSION \?= (.+)"),
-        ("docker-compose.yml", r"image: hello:\$\{VERSION:-(.+)\}"),
+        ("Makefile", r"HELLO_VERSION \?= (.+)"),
+        ("docker-compose.yml", r"image: hello:\$\{HELLO_VERSION:-(.+)\}"),
         ("Dockerfile", r"ARG VERSION=(.+)"),
     ],
 )
