@@ -1,9 +1,9 @@
 """gunicorn's configuration: `gunicorn hello:application` finds it in the folder where it starts."""
 
 from server import hooks, logs, settings
-from server.hooks import on_starting, post_worker_init, pre_fork, worker_exit
+from server.hooks import on_starting, post_worker_init, pre_fork
 
-__all__ = ["on_starting", "post_worker_init", "pre_fork", "worker_exit"]
+__all__ = ["on_starting", "post_worker_init", "pre_fork"]
 
 bind = hooks.bind_addresses()
 worker_class = "server.worker.Worker"

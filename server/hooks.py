@@ -41,12 +41,7 @@ def post_worker_init(worker: Any) -> None:
 
     gevent.get_hub().print_exception = logs.log_uncaught  # type: ignore[method-assign, assignment]
     if settings.TELEMETRY == "on":
-        worker.wsgi = worker.telemetry = TelemetryMiddleware(worker.wsgi, hello, worker.number, metrics.SNAPSHOTS)
+        shared = metrics.SharedMetrics(worker.number, hello.__version__)
+        worker.wsgi = worker.telemetry = TelemetryMiddleware(worker.wsgi, hello, shared)
     # A greenlet, since gevent has patched threads. The worker does not wait for it.
     Thread(target=hello.keep_connected, name="keep-connected", daemon=True).start()
-
-
-def worker_exit(server: Any, worker: Any) -> None:
-    """Keep the last counts of a worker."""
-    if worker.telemetry:
-        worker.telemetry.close()

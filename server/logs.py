@@ -14,12 +14,10 @@ import os
 import signal
 import traceback
 from _thread import allocate_lock, start_new_thread
-from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from queue import SimpleQueue
 from select import PIPE_BUF, POLLOUT, poll
 from time import gmtime, sleep, strftime, time
-from types import TracebackType
 from typing import Any
 
 from server import settings
@@ -27,6 +25,7 @@ from server import settings
 LOG = logging.getLogger("hello")
 STDOUT = 1
 IS_TEXT = settings.LOG_FORMAT == "text" or (settings.LOG_FORMAT == "auto" and os.isatty(STDOUT))
+LEVELS = {"info": logging.INFO, "warning": logging.WARNING}
 MAX_WAITING_LINES = 10_000  # about 5 MB; 1 second of requests at full load
 WRITE_SECONDS = 0.05  # lines are collected for this time: each write wakes the reader
 STOP_SECONDS = 1.0  # how long a process waits at its exit for its last lines to be written
@@ -46,35 +45,6 @@ def location(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     where = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
     return type(error).__name__ + where
-
-
-class Formatter(logging.Formatter):
-    """Format the records of gunicorn and hello like the lines of requests."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        moment, level, message = timestamp(int(record.created * 1000)), record.levelname.lower(), record.getMessage()
-        error = record.exc_info[1] if record.exc_info else None
-        if IS_TEXT:
-            return f"{moment} {level:8} {message}{': ' + location(error) if error else ''}"
-        entry = {"time": moment, "level": level, "message": message}
-        return json.dumps(entry | {"exception": location(error)} if error else entry)
-
-
-def request_line(
-    level: str, method: str, route: str, status: str, seconds: float, size: int, request_id: str, trace_id: str
-) -> str:
-    """Return the log line of a request; no argument may need escaping in JSON."""
-    moment = timestamp(int(time() * 1000))
-    if IS_TEXT:
-        trace = f" trace {trace_id}" if trace_id else ""
-        return (
-            f"{moment} {level:8} {method} {route} {status} {seconds * 1000:.1f} ms, {size} bytes, {request_id}{trace}"
-        )
-    trace = f', "trace_id": "{trace_id}"' if trace_id else ""
-    return (
-        f'{{"time": "{moment}", "level": "{level}", "message": "request", "method": "{method}", "route": "{route}", '
-        f'"status": {status}, "duration_seconds": {seconds:.6f}, "bytes": {size}, "request_id": "{request_id}"{trace}}}'
-    )
 
 
 # --- Writing ----------------------------------------------------------------------------------------
@@ -126,15 +96,21 @@ class LineWriter:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def run(self, waiting: "SimpleQueue[str | None]", finished: Any) -> None:
-        """Write lines until None is queued."""
+        """Write lines until None is queued; several at once, up to PIPE_BUF bytes, which a pipe takes whole."""
         is_last = False
         while not is_last:
             lines = [waiting.get()]
             sleep(WRITE_SECONDS if lines[0] else 0)
             lines += [waiting.get() for _ in range(waiting.qsize())]
             is_last = None in lines
-            for piece in pieces(line for line in lines if line):
-                self.write(piece)
+            piece = b""
+            for line in filter(None, lines):
+                data = line.encode(errors="backslashreplace") + b"\n"
+                if len(piece) + len(data) > PIPE_BUF:
+                    self.write(piece)
+                    piece = b""
+                piece += data
+            self.write(piece)
         finished.release()
 
     def write(self, piece: bytes) -> None:
@@ -159,52 +135,59 @@ class LineWriter:
             finished.acquire(timeout=STOP_SECONDS)
 
 
-def pieces(lines: Iterable[str]) -> Iterator[bytes]:
-    """Join lines to pieces of at most PIPE_BUF bytes, which are written atomically to a pipe."""
-    piece = b""
-    for line in lines:
-        data = line.encode(errors="backslashreplace") + b"\n"
-        if piece and len(piece) + len(data) > PIPE_BUF:
-            yield piece
-            piece = b""
-        piece += data
-    if piece:
-        yield piece
-
-
 WRITER = LineWriter(STDOUT)
 
 
 def log_request(
     method: str, route: str, status: str, seconds: float, size: int, request_id: str, trace_id: str
 ) -> None:
-    """Queue the log line of a request; with a 5xx it is a warning."""
-    level, number = ("warning", logging.WARNING) if status.startswith("5") else ("info", logging.INFO)
-    if LOG.isEnabledFor(number):
-        WRITER.add(request_line(level, method, route, status, seconds, size, request_id, trace_id))
+    """Log a request, a 5xx as a warning. No argument may need escaping in JSON."""
+    level = "warning" if status.startswith("5") else "info"
+    if not LOG.isEnabledFor(LEVELS[level]):
+        return
+    moment = timestamp(int(time() * 1000))
+    if IS_TEXT:
+        trace = f" trace {trace_id}" if trace_id else ""
+        line = f"{method} {route} {status} {seconds * 1000:.1f} ms, {size} bytes, {request_id}{trace}"
+        WRITER.add(f"{moment} {level:8} {line}")
+        return
+    trace = f', "trace_id": "{trace_id}"' if trace_id else ""
+    WRITER.add(
+        f'{{"time": "{moment}", "level": "{level}", "message": "request", "method": "{method}", "route": "{route}", '
+        f'"status": {status}, "duration_seconds": {seconds:.6f}, "bytes": {size}, "request_id": "{request_id}"{trace}}}'
+    )
+
+
+def record_line(record: logging.LogRecord) -> str:
+    """Return the line of a record of gunicorn or hello, in the form of the lines of requests."""
+    moment = timestamp(int(record.created * 1000))
+    level = record.levelname.lower()
+    message = record.getMessage()
+    error = record.exc_info[1] if record.exc_info else None
+    if IS_TEXT:
+        return f"{moment} {level:8} {message}{': ' + location(error) if error else ''}"
+    entry = {"time": moment, "level": level, "message": message}
+    return json.dumps(entry | {"exception": location(error)} if error else entry)
 
 
 class Handler(logging.Handler):
     """Queue the records of gunicorn and hello."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        WRITER.add(self.format(record))
+        WRITER.add(record_line(record))
 
 
 # gunicorn's `logconfig_dict`.
 LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
-    "formatters": {"line": {"()": Formatter}},
-    "handlers": {"stdout": {"()": Handler, "formatter": "line"}},
+    "handlers": {"stdout": {"()": Handler}},
     "root": {"level": settings.LOG_LEVEL.upper(), "handlers": ["stdout"]},
     "loggers": {"gunicorn.error": {"propagate": True}, "gunicorn.access": {"propagate": False}},
 }
 
 
-def log_uncaught(
-    context: object, kind: type[BaseException] | None, error: BaseException | str | None, trace: TracebackType | None
-) -> None:
+def log_uncaught(context: object, kind: Any, error: Any, trace: Any) -> None:
     """Log an uncaught exception without its text; replaces gevent's `Hub.print_exception`."""
     if kind and isinstance(error, BaseException):
         LOG.error("uncaught exception", exc_info=(kind, error.with_traceback(trace), trace))

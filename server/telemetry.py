@@ -1,4 +1,4 @@
-"""Request ids, metrics and log lines of hello: a wrapper around the application in each worker.
+"""Request ids, metrics and log lines of requests and statements: a wrapper around the application in each worker.
 
 What is counted and logged is about a route, never about a user: see logs.py.
 """
@@ -6,25 +6,22 @@ What is counted and logged is about a route, never about a user: see logs.py.
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from http import HTTPMethod
 from random import getrandbits
 from types import ModuleType
 from typing import Any
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-from server import settings
-from server.logs import log_request
-from server.metrics import Metrics, SharedMetrics, serve_metrics
-from server.outage import Outage
-from server.snapshots import Snapshots
+import psycopg2
+
+from server import metrics, settings
+from server.logs import LOG, log_request
 
 METRICS_PORT = str(settings.METRICS_PORT)  # as SERVER_PORT has it
-METHODS = {method.value for method in HTTPMethod}
+METHODS = {method.value: method.value for method in HTTPMethod}  # any other is "other": clients cannot create series
 UNMATCHED = "unmatched"  # the route of an unknown path
 PROBES = {"/livez", "/readyz"}  # counted, not logged: probes repeat every few seconds
-
-Observe = Callable[[float], None]  # of a series; prometheus_client finds a series by its labels slowly
 
 REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,128}")
 # W3C Trace Context, section 3.2: version ff and ids of zeros are invalid, and only later versions may say more.
@@ -33,19 +30,10 @@ TRACEPARENT = re.compile(
 )
 
 
-def method_label(method: str) -> str:
-    """Return a method that HTTP defines, or "other": a client cannot create series."""
-    return method if method in METHODS else "other"
-
-
-def new_request_id() -> str:
-    return f"{getrandbits(128):032x}"
-
-
 def request_id_of(environ: WSGIEnvironment) -> str:
     """Return the client's X-Request-Id if it is valid, else a new one."""
     sent = environ.get("HTTP_X_REQUEST_ID")
-    return sent if sent and REQUEST_ID.fullmatch(sent) else new_request_id()
+    return sent if sent and REQUEST_ID.fullmatch(sent) else f"{getrandbits(128):032x}"
 
 
 def trace_id_of(environ: WSGIEnvironment) -> str:
@@ -55,37 +43,63 @@ def trace_id_of(environ: WSGIEnvironment) -> str:
     return match["trace_id"] if match else ""
 
 
+def reason(error: Exception) -> str:
+    """Describe an error without quoting a row: libpq's text if the connection failed, else class and SQLSTATE."""
+    text = str(error).strip().partition("\n")[0]
+    code = getattr(error, "pgcode", None)
+    if code:
+        return f"{type(error).__name__}, SQLSTATE {code}"
+    return text if text and isinstance(error, (psycopg2.OperationalError, OSError)) else type(error).__name__
+
+
+class Outage:
+    """Log two warnings for each outage of the database, at its begin and at its end; times are monotonic seconds."""
+
+    def __init__(self) -> None:
+        self.began: float | None = None
+        self.failed = 0.0  # time of the last failure
+        self.recovered: float | None = None  # time of the first success after it
+        self.unavailable = 0  # responses with 503 since the outage began
+
+    def failure(self, operation: str, error: Exception, now: float) -> None:
+        """Begin an outage, or go on with it."""
+        self.failed, self.recovered = now, None
+        if self.began is None:
+            self.began, self.unavailable = now, 0
+            LOG.warning("database: %s failed: %s", operation, reason(error))
+
+    def success(self, now: float) -> None:
+        """End the outage if no statement failed for a second: until then, others may still fail."""
+        if self.began is None:
+            return
+        self.recovered = self.recovered or now
+        if now - self.failed >= 1:
+            seconds = self.recovered - self.began
+            LOG.warning("database: back after %.1f s, %d requests got 503", seconds, self.unavailable)
+            self.began = None
+
+
 class TelemetryMiddleware:
-    """Wrap the application (PEP 3333): add request ids, count and log requests, and serve /metrics on its port.
+    """Wrap the application (PEP 3333): add request ids, count and log requests, and serve /metrics on its port."""
 
-    Args:
-        application: the WSGI application.
-        service: the module hello, whose statements are observed.
-        number: the worker's number, from 1 up.
-        snapshots: the metrics that the workers share.
-    """
-
-    def __init__(self, application: WSGIApplication, service: ModuleType, number: int, snapshots: Snapshots) -> None:
+    def __init__(self, application: WSGIApplication, service: ModuleType, shared: metrics.SharedMetrics) -> None:
         self.application = application
+        self.shared = shared
         self.running = 0
-        self.observers: dict[tuple[str, str, str], Observe] = {}
         self.outage = Outage()
-        self.metrics = Metrics()
-        self.metrics.start_at_zero(service.USER_ROUTE)
-        self.metrics.in_progress.set_function(lambda: self.running)
-        self.metrics.watch_pools(service)
-        self.statements: dict[str, tuple[Observe, Observe]] = {}
+        metrics.STARTS.inc()
+        metrics.WORKERS.set(1)
+        metrics.IN_PROGRESS.set_function(lambda: self.running)
+        metrics.watch_pools(service)
+        metrics.start_at_zero(service.USER_ROUTE)
         for batcher in service.BATCHERS:
-            histograms = self.metrics.queries.labels(batcher.name), self.metrics.batches.labels(batcher.name)
-            self.statements[batcher.name] = histograms[0].observe, histograms[1].observe
             batcher.observe = self.statement
-        self.shared = SharedMetrics(self.metrics, snapshots, number, service.__version__)
-        threading.Thread(target=self.shared.share_for_ever, daemon=True).start()
+        threading.Thread(target=shared.share_for_ever, daemon=True).start()
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answer a request."""
         if environ["SERVER_PORT"] == METRICS_PORT:
-            return serve_metrics(self.shared, environ, start_response)
+            return metrics.serve_metrics(self.shared, environ, start_response)
         start = time.perf_counter()
         request_id = request_id_of(environ)
         status = ""
@@ -101,42 +115,33 @@ class TelemetryMiddleware:
             content = self.application(environ, start_with_id)
         finally:
             self.running -= 1
-        seconds = time.perf_counter() - start
-        method, route = method_label(environ["REQUEST_METHOD"]), environ.get("hello.route", UNMATCHED)
-        self.observe(method, route, status, seconds)
-        if route not in PROBES:
-            size = sum(map(len, content))
-            log_request(method, route, status, seconds, size, request_id, trace_id_of(environ))
+        self.count(environ, status, time.perf_counter() - start, sum(map(len, content)), request_id)
         return content
 
-    def observe(self, method: str, route: str, status: str, seconds: float) -> None:
-        """Count a request."""
-        key = method, route, status
-        observer = self.observers.get(key)
-        if observer is None:
-            observer = self.observers[key] = self.metrics.durations.labels(*key).observe
-        observer(seconds)
+    def count(self, environ: WSGIEnvironment, status: str, seconds: float, size: int, request_id: str) -> None:
+        """Count and log a request."""
+        method = METHODS.get(environ["REQUEST_METHOD"], "other")
+        route = environ.get("hello.route", UNMATCHED)
+        metrics.series(metrics.REQUESTS, method, route, status).inc()
+        metrics.series(metrics.DURATIONS, method, route, status).observe(seconds)
         if status == "503":
             self.outage.unavailable += 1
+        if route not in PROBES:
+            log_request(method, route, status, seconds, size, request_id, trace_id_of(environ))
 
     def protocol_error(self, method: str, status: int, size: int) -> str:
         """Count and log the response to a malformed request; return its X-Request-Id."""
-        self.metrics.refused.labels(str(status)).inc()
-        request_id = new_request_id()
-        log_request(method_label(method), UNMATCHED, str(status), 0, size, request_id, "")
+        metrics.REFUSED.labels(str(status)).inc()
+        request_id = f"{getrandbits(128):032x}"
+        log_request(METHODS.get(method, "other"), UNMATCHED, str(status), 0, size, request_id, "")
         return request_id
 
     def statement(self, operation: str, rows: int, seconds: float, error: Exception | None) -> None:
         """Count a statement; log the begin and the end of an outage."""
-        observe_seconds, observe_rows = self.statements[operation]
-        observe_seconds(seconds)
-        observe_rows(rows)
+        metrics.series(metrics.STATEMENTS, operation).observe(seconds)
+        metrics.series(metrics.BATCHES, operation).observe(rows)
         if error is not None:
-            self.metrics.errors.labels(type(error).__name__).inc()
+            metrics.ERRORS.labels(type(error).__name__).inc()
             self.outage.failure(operation, error, time.monotonic())
-        elif self.outage.began is not None:
+        else:
             self.outage.success(time.monotonic())
-
-    def close(self) -> None:
-        """Share the last counts of a worker that ends."""
-        self.shared.share(alive_seconds=0)

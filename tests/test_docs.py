@@ -24,7 +24,7 @@ import pytest
 import yaml
 
 import hello
-from server import outage, settings
+from server import settings, telemetry
 from tests.support.network import free_port
 from tests.support.postgres import Database
 from tests.support.wait import wait_until
@@ -267,10 +267,10 @@ def test_manifest_of_a_page_fits_the_schema() -> None:
 
 
 def test_warnings_of_the_runbook_are_those_of_an_outage(caplog: pytest.LogCaptureFixture) -> None:
-    lines = outage.Outage()
-    lines.failure("find", TimeoutError("no answer within 3.0 s"), 10)
-    lines.unavailable = 45
-    lines.success(22.3)
+    outage = telemetry.Outage()
+    outage.failure("find", TimeoutError("no answer within 3.0 s"), 10)
+    outage.unavailable = 45
+    outage.success(22.3)
     (shown,) = blocks(RUNBOOK, "text")
     assert shown.text.splitlines() == caplog.messages
 

@@ -8,6 +8,7 @@ import os
 import re
 import select
 import signal
+import socket
 import sys
 import time
 import urllib.parse
@@ -159,7 +160,7 @@ def test_an_exception_is_logged_by_its_class_and_location_only() -> None:
         int("Quetzalcoatl")
     except ValueError:
         record = logging.LogRecord("hello", logging.ERROR, "", 0, "no %s", ("luck",), sys.exc_info())
-    line = json.loads(logs.Formatter().format(record))
+    line = json.loads(logs.record_line(record))
     assert line["message"] == "no luck"
     assert re.fullmatch(r"ValueError at test_logs\.py:\d+ in test_\w+", line["exception"])
     assert "Quetzalcoatl" not in str(line)
@@ -274,7 +275,12 @@ def test_a_graceful_stop_writes_the_line_of_every_answer(service: MonitoredServi
 
 def test_lines_are_joined_to_pieces_that_a_pipe_takes_whole() -> None:
     lines = ["x" * 1000] * 9 + ["é" * 1500] * 3 + ["y" * 5000, "z"]
-    found = list(logs.pieces(lines))
+    reader, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)  # each write is one message
+    with reader, end:
+        writer = logs.LineWriter(end.fileno())
+        for line in lines:
+            writer.add(line)
+        found = [reader.recv(10_000) for _ in range(7)]
     assert b"".join(found).decode() == "".join(line + "\n" for line in lines)
     assert [len(piece) for piece in found] == [4004, 4004, 1001 + 3001, 3001, 3001, 5001, 2]
 

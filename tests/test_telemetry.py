@@ -6,17 +6,18 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
 import psycopg2
 import pytest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 import hello
-from server import telemetry
-from server.outage import Outage, reason
-from server.snapshots import Snapshots
+from server import metrics, telemetry
+from server.telemetry import Outage, reason
 from tests.support.monitored import MonitoredService, PipedService
 from tests.support.network import exchange
 from tests.support.postgres import Database
@@ -180,28 +181,58 @@ def test_metrics_tell_what_runs(shared: MonitoredService) -> None:
 
 
 @pytest.fixture
-def snapshots() -> Iterator[Snapshots]:
-    snapshots = Snapshots()
-    yield snapshots
-    os.close(snapshots.file)
+def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Memory for snapshots without any."""
+    file = os.memfd_create("test")
+    monkeypatch.setattr(metrics, "MEMORY", file)
+    yield file
+    os.close(file)
 
 
-def test_snapshots_of_each_worker_are_the_last_that_it_wrote(snapshots: Snapshots) -> None:
-    for content in (b"first", b"second", b"x" * 100_000, b"last"):
-        snapshots.write(1, content)
-    snapshots.write(3, b"another worker's")
-    assert [snapshots.read(number) for number in snapshots.numbers()] == [b"last", b"", b"another worker's"]
+def counted(value: float) -> list[Metric]:
+    return [CounterMetricFamily("words", "Words.", value), GaugeMetricFamily("size", "Size.", 1)]
+
+
+def test_snapshot_of_each_worker_is_the_last_that_it_wrote(memory: int) -> None:
+    for value in (1, 2, 3):
+        metrics.write_snapshot(1, counted(value))
+    metrics.write_snapshot(3, counted(10))
+    found = [metrics.read_snapshot(number) for number in (1, 2, 3, 4)]
+    assert found == [counted(3), [], counted(10), []]
 
 
 def test_snapshot_of_a_worker_that_was_killed_while_it_wrote_is_the_one_before(
-    snapshots: Snapshots, monkeypatch: pytest.MonkeyPatch
+    memory: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    snapshots.write(1, b"first")
-    snapshots.write(1, b"before")
-    write = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda file, record, offset: write(file, record[:-1], offset))
-    snapshots.write(1, b"killed")
-    assert snapshots.read(1) == b"before"
+    metrics.write_snapshot(1, counted(1))
+    metrics.write_snapshot(1, counted(2))
+
+    def write_half(file: int, data: bytes, offset: int) -> None:
+        monkeypatch.undo()
+        os.pwrite(file, data[: len(data) // 2], offset)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "pwrite", write_half)
+    with pytest.raises(KeyboardInterrupt):
+        metrics.write_snapshot(1, counted(3))
+    monkeypatch.setattr(metrics, "MEMORY", memory)
+    assert metrics.read_snapshot(1) == counted(2)
+
+
+def test_snapshot_of_a_worker_that_ended_has_no_gauges(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics.write_snapshot(1, counted(1))
+    later = time.monotonic() + metrics.ALIVE_SECONDS
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert metrics.read_snapshot(1) == counted(1)[:1]
+
+
+def test_a_worker_goes_on_from_the_counters_of_the_last_one_with_its_number(memory: int) -> None:
+    metrics.write_snapshot(1, counted(5))
+    shared = metrics.SharedMetrics(1, "1.0.0")
+    shared.share()
+    totals = {metric.name: metric for metric in metrics.read_snapshot(1)}
+    assert totals["words"] == counted(5)[0]
+    assert "size" not in totals
 
 
 # --- Database ---------------------------------------------------------------------------------------
