@@ -49,7 +49,7 @@ BACKEND_MIB = 2.5  # memory of a connection; a test measures it
 AUTOVACUUM_WORKERS = 3
 STOP_MARGIN = 2  # seconds for gunicorn's master to end after its workers
 MASTER_MIB = 32
-WORKER_MIB = 112  # with unfinished requests of all its clients; test_manifests_pods.py measures it
+WORKER_MIB = 112  # with unfinished requests of all its clients; resilience/test_memory.py measures it
 
 kubernetes_validate.utils.schema_contents = functools.cache(kubernetes_validate.utils.schema_contents)
 PODS = {"api": API_POD, "database": DATABASE_POD}
