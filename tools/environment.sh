@@ -44,6 +44,7 @@ if [ "$present" != "$wanted" ]; then
     fail "$VENV has no Python $wanted with pip, and make did not make it: name another, as in \`make run VENV=.venv2\`."
   "$python" -c 'import ensurepip, venv' 2>/dev/null ||
     fail 'This Python has no venv module: install it (on Debian: apt-get install python3-venv).'
+  echo "Creating the virtual environment $VENV ..."
   touch "$mark"
   find "$VENV" -mindepth 1 -maxdepth 1 ! -name .made-by-make -exec rm -rf {} +
   "$python" -m venv "$VENV"

@@ -25,6 +25,8 @@ from server import settings
 from tools.embedded_postgres import Postgres, environment_without_libpq, stop_process
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# An address to listen on that stands for every address, and the one to connect to
+REACHABLE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -114,7 +116,7 @@ def wait_until_serving(process: subprocess.Popen[bytes]) -> bool:
     """Wait until the service accepts connections; return False if it ends before that."""
     while process.poll() is None:
         try:
-            socket.create_connection((reachable(settings.HOST), settings.PORT)).close()
+            socket.create_connection((REACHABLE.get(settings.HOST, settings.HOST), settings.PORT)).close()
         except OSError:
             time.sleep(0.02)
         else:
@@ -122,25 +124,20 @@ def wait_until_serving(process: subprocess.Popen[bytes]) -> bool:
     return False
 
 
-def reachable(host: str) -> str:
-    """Return an address to listen on as one to connect to: the loopback address where it stands for every address."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-
-
-def url(name: str) -> str:
-    """Return the URL of what listens on the port of a setting."""
-    host, port = settings.addresses()[name]
-    host = reachable(host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+def url(host: str, port: int) -> str:
+    """Return the URL of an address that the service listens on."""
+    reachable = REACHABLE.get(host, host)
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
 
 
 def greet() -> None:
     """Print how to use the service."""
-    user = f"{url('PORT')}/hello/Zoe"
+    service, *metrics = [url(*address) for address in settings.addresses().values()]
     print(f"\nhello serves on {settings.HOST}:{settings.PORT}; Ctrl-C stops it. In another terminal:\n")
-    print(f"""  curl -i -X PUT {user} -d '{{"dateOfBirth": "1990-05-17"}}'\n  curl {user}""")
-    if "METRICS_PORT" in settings.addresses():
-        print(f"  curl {url('METRICS_PORT')}/metrics")
+    print(f"""  curl -i -X PUT {service}/hello/Zoe -d '{{"dateOfBirth": "1990-05-17"}}'""")
+    print(f"  curl {service}/hello/Zoe")
+    for address in metrics:
+        print(f"  curl {address}/metrics")
     print(flush=True)
 
 
