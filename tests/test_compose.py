@@ -347,7 +347,7 @@ def test_clean_leaves_what_other_compose_files_created(image: dict[str, Any], cl
     assert inspect("volume", f"{other.project}_photos")
 
 
-@pytest.mark.parametrize(("tagged", "is_left"), [(IMAGE, False), ("postgres:18", True)])
+@pytest.mark.parametrize(("tagged", "is_left"), [(IMAGE, False), ("postgres:18", True)], ids=["built", "other"])
 def test_clean_removes_an_image_only_if_make_built_it(
     image: dict[str, Any], clone: Path, tagged: str, is_left: bool
 ) -> None:

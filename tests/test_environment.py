@@ -282,8 +282,8 @@ def test_python_that_cannot_be_used_says_so_in_one_line(checkout: Path, tmp_path
     (tmp_path / "venv.py").write_text("raise ImportError")
     without_venv = program(tmp_path / "python3", f'PYTHONPATH={tmp_path} exec {sys.executable} "$@"')
     answers = {
-        "missing": "hello needs Python 3.11 or newer, and this is none: missing. ",
-        old: f"hello needs Python 3.11 or newer, and this is none: {old}. ",
+        "missing": "hello needs Python 3.11 or newer, and none of these is: missing. ",
+        old: f"hello needs Python 3.11 or newer, and none of these is: {old}. ",
         without_venv: "This Python has no venv module: install it (on Debian: apt-get install python3-venv).",
     }
     for python, answer in answers.items():
@@ -294,7 +294,7 @@ def test_machine_without_python_says_so_in_one_line(checkout: Path, tmp_path: Pa
     for name in ("sh", "mkdir", "ls", "flock", "sed"):
         (tmp_path / name).symlink_to(shutil.which(name) or name)
     first = make_environment(checkout, PATH=str(tmp_path)).stderr.splitlines()[0]
-    assert first.startswith("hello needs Python 3.11 or newer, and this is none: python3 python3.14 ")
+    assert first.startswith("hello needs Python 3.11 or newer, and none of these is: python3 python3.14 ")
     assert first.endswith(" Name one: `make run PYTHON=/path/to/python3`.")
 
 

@@ -19,7 +19,7 @@ find_python() {
   for python; do
     if wanted=$("$python" -c "$print_version" 2>/dev/null); then return; fi
   done
-  fail "hello needs Python 3.11 or newer, and this is none: $*. Name one: \`make run PYTHON=/path/to/python3\`."
+  fail "hello needs Python 3.11 or newer, and none of these is: $*. Name one: \`make run PYTHON=/path/to/python3\`."
 }
 
 mkdir -p "$VENV" 2>/dev/null ||
@@ -29,7 +29,7 @@ mkdir -p "$VENV" 2>/dev/null ||
 exec 9<"$VENV"
 if command -v flock >/dev/null && ! flock --nonblock 9; then
   echo "Waiting for another \`make\` that installs into $VENV ..."
-  flock 9
+  flock 9 || true # NFS cannot lock a folder
 fi
 
 present=$("$VENV/bin/python" -c "import pip; $print_version" 2>/dev/null) || present=
