@@ -43,7 +43,7 @@ __version__ = "1.0.0"
 
 # --- Settings ---------------------------------------------------------------------------------------
 
-Value = TypeVar("Value", int, float)
+Number = TypeVar("Number", int, float)
 
 
 class Setting(NamedTuple):
@@ -62,12 +62,12 @@ SETTINGS: dict[str, Setting] = {}
 
 def number(
     name: str,
-    default: Value,
+    default: Number,
     unit: str,
     minimum: float,
     meaning: str,
     maximum: float = 1_000_000,
-) -> Value:
+) -> Number:
     """Declare and read a number of the default's type; exit with one line if the value is wrong."""
     SETTINGS[name] = Setting(name, default, unit, minimum, meaning, maximum)
     text = os.environ.get(name) or str(default)
@@ -104,7 +104,7 @@ BATCH_SIZE = number("BATCH_SIZE", 100, "requests", 1, "Requests that may share o
 QUEUE_TIMEOUT = number("QUEUE_TIMEOUT", 1.5, "seconds", 0.001, "Time a request waits for a connection")
 CONNECT_TIMEOUT = number("CONNECT_TIMEOUT", 1.0, "seconds", 0.001, "Time an attempt to connect may take")
 STATEMENT_TIMEOUT = number("STATEMENT_TIMEOUT", 1.0, "seconds", 0.001, "Time Postgres may work on a statement")
-# Not longer than a batch collects requests (JOIN_SHARE), or the queue would grow behind one locked row.
+# A batch collects requests for as long. If writes waited longer for a lock, the queue would grow behind a locked row.
 LOCK_TIMEOUT = number("LOCK_TIMEOUT", 0.15, "seconds", 0.001, "Time a write may wait for a lock of another transaction")
 DATABASE_TIMEOUT = number("DATABASE_TIMEOUT", 3.0, "seconds", 0.001, "Time for connecting and for a statement together")
 INIT_TIMEOUT = number("INIT_TIMEOUT", 60.0, "seconds", 0.001, "Time `python hello.py init-db` waits for the database")
@@ -112,37 +112,11 @@ INIT_TIMEOUT = number("INIT_TIMEOUT", 60.0, "seconds", 0.001, "Time `python hell
 MAX_CONTENT_BYTES = 4096
 MAX_NAME_LETTERS = 255
 MAX_NAME_BYTES = 2500  # an index entry of Postgres holds at most 2,704 bytes
-JOIN_SHARE = 0.1  # of QUEUE_TIMEOUT; requests may join a batch that has waited for less
-CLOCK_SECONDS = 0.05  # how old the server's time may be that a write relies on
-KEEP_OPEN_SECONDS = 5.0
-YIELD_SECONDS = 1e-6  # other threads and greenlets run
 DEFAULT_PORT = "5432"
 EXAMPLE = '{"dateOfBirth": "YYYY-MM-DD"}'
 LOG = logging.getLogger("hello")
 OPENAPI = Path(__file__).with_name("openapi.yaml").read_bytes()
 SCHEMA = Path(__file__).with_name("schema.sql")
-
-
-def is_host(text: str) -> bool:
-    """Return whether libpq could take a part of PGHOST: a folder of sockets, an address, a name, or nothing."""
-    if text.startswith(("/", "@")):
-        return "\n" not in text
-    if ":" in text:
-        address = text.partition("%")[0]  # what follows is the network interface
-        return ipaddress.IPv6Address(address) is not None
-    return not re.search(r"[\s/@?#\[\]]", text)
-
-
-def check_hosts(hosts: list[str], ports: list[str]) -> None:
-    """Exit with one line if PGHOST and PGPORT can never be right; a wrong PGHOST may hold a password, so hide it."""
-    try:
-        are_hosts = all(is_host(host) for host in hosts)
-    except ValueError:  # no IPv6 address
-        are_hosts = False
-    if not are_hosts:
-        sys.exit("PGHOST must be one or more host names or addresses, with commas between them and no port or URL")
-    if len(ports) not in {1, len(hosts)}:
-        sys.exit(f"PGPORT must be one port or as many as PGHOST has hosts: {len(hosts)}")
 
 
 def postgres_hosts() -> list[str]:
@@ -155,33 +129,69 @@ def postgres_ports() -> list[str]:
     return os.environ.get("PGPORT", "").split(",")
 
 
-check_hosts(postgres_hosts(), postgres_ports())
+def is_host(text: str) -> bool:
+    """Return whether libpq can take a part of PGHOST: a folder of sockets, an address, a name, or nothing."""
+    if text.startswith(("/", "@")):
+        return "\n" not in text
+    if ":" in text:
+        return is_ipv6_address(text)
+    return not re.search(r"[\s/@?#\[\]]", text)
+
+
+def is_ipv6_address(text: str) -> bool:
+    """Return whether a text is an IPv6 address, perhaps with a network interface after it."""
+    address = text.partition("%")[0]
+    try:
+        ipaddress.IPv6Address(address)
+    except ValueError:
+        return False
+    return True
+
+
+def check_hosts() -> None:
+    """Exit with one line if PGHOST or PGPORT can never be right. A wrong PGHOST may hold a password, so hide it."""
+    hosts = postgres_hosts()
+    ports = postgres_ports()
+    if not all(map(is_host, hosts)):
+        sys.exit("PGHOST must be one or more host names or addresses, with commas between them and no port or URL")
+    is_one_each = len(ports) in {1, len(hosts)}
+    if os.environ.get("PGHOST") and not is_one_each:
+        sys.exit(f"PGPORT must be one port or as many as PGHOST has hosts: {len(hosts)}")
+
+
+check_hosts()
 
 # --- SQL --------------------------------------------------------------------------------------------
 
-# Each is sent as one message, which is one transaction; SET LOCAL leaves no setting in a session that PgBouncer shares.
 FIND_DATES_OF_BIRTH = """
-    SET LOCAL statement_timeout = %s;
     SELECT username, date_of_birth FROM users WHERE username = ANY(%s)
 """
 SAVE_DATES_OF_BIRTH = """
     INSERT INTO users (username, date_of_birth) VALUES {rows}
     ON CONFLICT (username) DO UPDATE SET date_of_birth = EXCLUDED.date_of_birth
 """
-# The guard of every write. After the deadline it divides by zero, which undoes the write: a delayed write must not
-# overwrite a later acknowledged one. It follows the write, because the rows are then locked. It returns the server's
-# time. The only warning that can come is the commit's, because notices of the write itself are not sent.
-WRITE = """
-    SET LOCAL statement_timeout = %s; SET LOCAL lock_timeout = %s; SET LOCAL client_min_messages = error;
-    {statement};
-    SET LOCAL client_min_messages = warning;
-    SELECT extract(epoch FROM clock_timestamp())::float8 / (clock_timestamp() < to_timestamp(%s))::int
+# One message, which is one transaction. SET LOCAL leaves no setting in a session that PgBouncer shares.
+READ = """
+    SET LOCAL statement_timeout = %s;
+    SET LOCAL transaction_read_only = on;
+    {statement}
 """
-READ_CLOCK = "SELECT extract(epoch FROM clock_timestamp())::float8"
-# The server's time, which server it is, and how many commits have waited for a standby for longer than some seconds.
-ON_CONNECT = """
-    SELECT extract(epoch FROM clock_timestamp())::float8,
-        concat(inet_server_addr(), ' ', pg_postmaster_start_time()),
+# A write is two messages: this one, and COMMIT when it was answered. So a write that is delayed has no effect, and one
+# whose COMMIT is delayed keeps its rows locked: a newer date cannot be overwritten.
+WRITE = """
+    BEGIN;
+    SET LOCAL statement_timeout = %s;
+    SET LOCAL lock_timeout = %s;
+    SET LOCAL idle_in_transaction_session_timeout = %s; -- so long Postgres waits for the COMMIT
+    SET LOCAL client_min_messages = warning; -- a warning of the COMMIT is a failure
+    {statement}
+"""
+COMMIT = "COMMIT"
+ROLLBACK = "ROLLBACK"
+# When the server was started, which tells servers apart; and how many commits have waited for a standby for longer than
+# some seconds.
+ABOUT_SERVER = """
+    SELECT pg_postmaster_start_time()::text,
         (SELECT count(*) FROM pg_stat_activity WHERE usename = current_user AND wait_event = 'SyncRep'
             AND clock_timestamp() - query_start > %s * interval '1 second')
 """
@@ -274,19 +284,25 @@ def parse_username(text: str) -> str:
 
 
 def content_length(environ: WSGIEnvironment) -> int | None:
-    """Return the stated Content-Length in bytes; None for chunked content, which the server ends."""
+    """Return the stated Content-Length in bytes; None for chunked content, which the server ends; or 400."""
     stated = environ.get("CONTENT_LENGTH")
-    if stated:
-        return max(0, int(stated))
-    return None if environ.get("wsgi.input_terminated") else 0
+    if not stated:
+        return None if environ.get("wsgi.input_terminated") else 0
+    try:
+        length = int(stated)
+    except ValueError:
+        length = -1
+    if length < 0:
+        raise HTTPError(400, "The Content-Length must be a number of bytes.")
+    return length
 
 
 def read_content(environ: WSGIEnvironment) -> bytes:
     """Return the content, as long as stated or (chunked) to its end: 400 if incomplete, 413 if over 4 KiB."""
+    length = content_length(environ)
+    limit = MAX_CONTENT_BYTES + 1
+    size = limit if length is None else min(length, limit)
     try:
-        length = content_length(environ)
-        limit = MAX_CONTENT_BYTES + 1
-        size = limit if length is None else min(length, limit)
         content: bytes = environ["wsgi.input"].read(size)
     except Exception:  # each server has its own for a bad chunk or a closed connection
         raise HTTPError(400, "The content must be complete and well-formed.") from None
@@ -327,6 +343,7 @@ def parse_date_of_birth(document: dict[str, Any]) -> date:
 
 
 # --- Handlers and routing ---------------------------------------------------------------------------
+# find_date_of_birth and save_date_of_birth are the last section's: they share statements with other requests.
 def get_hello(environ: WSGIEnvironment, username: str) -> Response:
     """Return the greeting with the days until the birthday: 200, 404."""
     born = find_date_of_birth(username)
@@ -375,8 +392,8 @@ def route(environ: WSGIEnvironment) -> Response:
     template = USER_ROUTE if path.startswith("/hello/") else path
     if template not in ROUTES:
         raise HTTPError(404, f"This path does not exist: try {', '.join(ROUTES)}.")
-    environ["hello.route"] = template
-    arguments = []
+    environ["hello.route"] = template  # for log lines and metrics, which must not name users
+    arguments = []  # of the handler, after the environ
     if template == USER_ROUTE:
         arguments.append(parse_username(path.removeprefix("/hello/")))
     method = environ["REQUEST_METHOD"]
@@ -422,6 +439,15 @@ def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iter
 
 
 # --- Postgres: what can go wrong --------------------------------------------------------------------
+# What a PUT is promised, and what keeps it:
+# - 204: Postgres has committed the row, and the synchronous standby has it if there is one. After a warning of the
+#   COMMIT, or while earlier commits wait for the standby, it is 503.
+# - 503: what was not committed will not be. COMMIT is a message of its own, so a delayed statement has no effect. The
+#   503 after a lost COMMIT is held back until Postgres has ended the transaction.
+# - An older date never overwrites a newer acknowledged one: nothing that may have been committed is sent again, and a
+#   transaction without its COMMIT keeps its rows locked.
+
+
 class HostNotFound(psycopg2.OperationalError):
     """No name server knows an address of a host in PGHOST, or none has answered in time."""
 
@@ -430,12 +456,12 @@ class LostConnection(psycopg2.OperationalError):
     """The connection was lost while Postgres worked on a statement."""
 
 
-class LostWrite(LostConnection):
-    """The connection was lost after a write was sent: until its deadline it may still take effect."""
+class LostCommit(psycopg2.OperationalError):
+    """Postgres has not answered to COMMIT: whether it commits is open until a moment, in monotonic seconds."""
 
-
-class LateWrite(psycopg2.OperationalError):
-    """Postgres has undone a write because its deadline had passed."""
+    def __init__(self, reason: str, final_at: float) -> None:
+        super().__init__(reason)
+        self.final_at = final_at
 
 
 class UnconfirmedWrite(psycopg2.OperationalError):
@@ -458,7 +484,6 @@ ROW_ERRORS = (
     psycopg2.IntegrityError,
     errors.ConnectionFailure,
     errors.LockNotAvailable,
-    errors.QueryCanceled,
 )
 # init-db does not try again after these.
 LASTING_ERRORS = (
@@ -498,11 +523,12 @@ class Lookup:
         """Look up the name."""
         try:
             entries = socket.getaddrinfo(self.name, None, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError):  # there is no such name
-            entries = []
-        addresses = [str(entry[4][0]) for entry in entries]
-        self.addresses = list(dict.fromkeys(addresses))
-        self.done.set()
+            addresses = [str(entry[4][0]) for entry in entries]
+            self.addresses = list(dict.fromkeys(addresses))
+        except (OSError, UnicodeError):
+            return  # there is no such name
+        finally:
+            self.done.set()
 
 
 lookups: dict[str, Lookup] = {}  # the last one of each name
@@ -533,7 +559,7 @@ def known_servers(found: dict[str, Lookup]) -> list[Server]:
     if len(ports) == 1:
         ports = ports * len(hosts)
     servers = []
-    for host, port in zip(hosts, ports, strict=False):
+    for host, port in zip(hosts, ports, strict=True):
         addresses = found[host].addresses if host in found else [""]
         servers += [Server(host, address, port) for address in addresses]
     return servers
@@ -542,10 +568,11 @@ def known_servers(found: dict[str, Lookup]) -> list[Server]:
 def find_servers(deadline: float) -> list[Server]:
     """Return the servers in PGHOST, those that failed last at the end; raise HostNotFound.
 
-    libpq's own lookup of names would block the process. At half of the time it goes on with the names that are known.
-    The list is empty if PGHOST is not set, or PGHOSTADDR is: then libpq has nothing to look up.
+    libpq's own lookup of names would block the process. Until half of the time it waits for all names, then for any.
+    The list is empty if libpq has nothing to look up.
     """
-    if not os.environ.get("PGHOST") or os.environ.get("PGHOSTADDR"):
+    is_known_to_libpq = "PGHOSTADDR" in os.environ or not os.environ.get("PGHOST")
+    if is_known_to_libpq:
         return []
     names = [host for host in postgres_hosts() if needs_lookup(host)]
     started = {name: look_up(name) for name in names}
@@ -567,24 +594,27 @@ class Connection:
     """A connection to Postgres of which every wait ends at a deadline, in monotonic seconds.
 
     Attributes:
-        opened: when it was opened, in monotonic seconds.
-        server_id: which server it leads to, and since when that server runs.
-        waiting_commits: how many commits waited for a standby when it was opened.
-        clock_offset: from monotonic time to the server's time, in seconds.
-        clock_read: when `clock_offset` was measured, in monotonic seconds.
+        opened: when it began to be opened, in monotonic seconds.
+        server_id: which server it leads to.
+        waiting_commits: how many commits of the role waited for a standby when it was asked.
+        end_of_write: COMMIT, or ROLLBACK to try writes only.
     """
 
     def __init__(self, deadline: float) -> None:
         """Connect with libpq's settings; raise TimeoutError or psycopg2.Error."""
         self.servers = find_servers(deadline)
         self.opened = monotonic()
+        self.end_of_write = COMMIT
         options = connection_options(self.servers)
         self.connection = psycopg2.connect("", async_=True, **options)
         self.wait(deadline)
-        given_up = DATABASE_TIMEOUT / 2  # so long has a commit waited for a standby that was given up
-        [row] = self.execute(ON_CONNECT, (given_up,), deadline)
-        server_time, self.server_id, self.waiting_commits = row
-        self.note_clock(server_time)
+        self.ask_about_server(deadline)
+
+    def ask_about_server(self, deadline: float) -> None:
+        """Read `server_id` and `waiting_commits`."""
+        long = DATABASE_TIMEOUT / 2  # most requests have been given up that waited longer
+        [row] = self.execute(ABOUT_SERVER, (long,), deadline)
+        self.server_id, self.waiting_commits = row
 
     def wait(self, deadline: float) -> None:
         """Wait until Postgres has done what it was told; after a TimeoutError the connection is closed."""
@@ -594,9 +624,9 @@ class Connection:
                 self.wait_for_socket(state, deadline)
                 state = self.connection.poll()
         except psycopg2.Error:
-            raise
+            raise  # Postgres has answered
         except TimeoutError:
-            self.abandon()  # now, because the server could still do it
+            self.abandon()  # now, because Postgres could still do it
             raise
         except BaseException:  # the WSGI server kills this request
             self.close()
@@ -607,8 +637,8 @@ class Connection:
         events = select.POLLIN if state == extensions.POLL_READ else select.POLLOUT
         poller = select.poll()
         poller.register(self.connection, events)
-        milliseconds = max(0, deadline - monotonic()) * 1000
-        if not poller.poll(milliseconds):
+        seconds = max(0, deadline - monotonic())
+        if not poller.poll(seconds * 1000):
             raise TimeoutError("Postgres does not answer in time")
 
     def execute(
@@ -632,22 +662,17 @@ class Connection:
 
     def warnings(self) -> list[str]:
         """Return the warnings of the last statement."""
-        self.connection.poll()  # psycopg2 has read the commit's, and hands it over now
+        self.connection.poll()  # psycopg2 hands over the last one only now
         return list(self.connection.notices)
 
-    def note_clock(self, server_time: float) -> None:
-        """Keep the server's time, which it has just sent, in seconds since 1970."""
-        self.clock_read = monotonic()
-        self.clock_offset = server_time - self.clock_read
-
     def is_open(self) -> bool:
-        """Return whether the connection can take a statement: it is not closed, and no statement is under way."""
+        """Return whether neither side has closed the connection."""
         try:
             self.connection.poll()  # the server may have sent why it closes the connection
             self.connection.poll()  # the end of what it sent is an error
-            return not self.connection.isexecuting()
         except psycopg2.Error:
             return False
+        return True
 
     def close(self) -> None:
         """Close the connection."""
@@ -672,23 +697,26 @@ def connection_options(servers: list[Server]) -> dict[str, Any]:
         "tcp_user_timeout": milliseconds(CONNECT_TIMEOUT),
     }
     if servers:
-        hosts, addresses, ports = zip(*servers, strict=True)
-        options["host"] = ",".join(hosts)
+        names, addresses, ports = zip(*servers, strict=True)
+        options["host"] = ",".join(names)
         options["hostaddr"] = ",".join(addresses)
         options["port"] = ",".join(ports)
-    has_several_hosts = len(postgres_hosts()) > 1
-    if has_several_hosts and not os.environ.get("PGTARGETSESSIONATTRS"):
+    hosts = os.environ.get("PGHOSTADDR") or ",".join(postgres_hosts())
+    if "," in hosts and not os.environ.get("PGTARGETSESSIONATTRS"):
         options["target_session_attrs"] = "read-write"
     return options
 
 
 def milliseconds(seconds: float) -> int:
-    """Return a time in the unit of Postgres' settings."""
-    return round(seconds * 1000)
+    """Return a time in the unit of Postgres' settings, where 0 would be no limit."""
+    return max(1, round(seconds * 1000))
 
 
 def connect(deadline: float) -> Connection:
-    """Open a connection; if a server does not answer, try again with the next one while there is time for it."""
+    """Open a connection; if a server does not answer, try again with the next one while there is time for it.
+
+    libpq itself tries the next one after a server that refuses.
+    """
     while True:
         try:
             return Connection(min(deadline, monotonic() + CONNECT_TIMEOUT))
@@ -698,11 +726,16 @@ def connect(deadline: float) -> Connection:
 
 
 class LastWrites:
-    """Which server has committed the last write of this process: reads must not go to one that writes have left."""
+    """Which server has committed the last write of this process.
+
+    After a failover, a connection to the old server may still answer, with old rows. So a connection to another server
+    than that of the writes is replaced if it was opened before the writes moved. One that was opened later may be right
+    if writes have moved again: it is replaced after a write that is DATABASE_TIMEOUT newer.
+    """
 
     def __init__(self) -> None:
         self.server_id = ""
-        self.since = 0.0  # monotonic seconds; a connection to another server must be newer
+        self.since = 0.0  # monotonic seconds; connections to other servers that were opened before are replaced
 
     def note(self, server_id: str) -> None:
         """Remember that a server has just committed a write."""
@@ -713,7 +746,7 @@ class LastWrites:
         self.since = max(self.since, now - DATABASE_TIMEOUT)
 
     def have_left(self, connection: Connection) -> bool:
-        """Return whether writes go to another server than a connection, and did so before it was opened."""
+        """Return whether a connection must be replaced."""
         return connection.server_id != self.server_id and connection.opened < self.since
 
 
@@ -721,23 +754,22 @@ last_writes = LastWrites()
 
 
 # --- Postgres: statements ---------------------------------------------------------------------------
-Values = dict[str, Any]  # by username
-Results = dict[str, Any]  # by username
+ByUser = dict[str, Any]  # a value for each username
 
 
-def find(
+def read(
     connection: Connection,
-    usernames: Iterable[str],
+    statement: str,
+    parameters: Row,
     deadline: float,
-) -> Results:
-    """Return the date of birth of each user, None if there is none."""
-    names = list(usernames)
-    parameters = (milliseconds(STATEMENT_TIMEOUT), names)
+) -> list[Row]:
+    """Run a statement that only reads, and return its rows; one that writes is an error."""
+    message = READ.format(statement=statement)
+    values = (milliseconds(STATEMENT_TIMEOUT), *parameters)
     try:
-        rows = connection.execute(FIND_DATES_OF_BIRTH, parameters, deadline)
+        return connection.execute(message, values, deadline)
     except ValueError:  # psycopg2's, of a year that Python does not have
-        raise UnreadableRow("a date of birth is not from 0001 to 9999") from None
-    return {**dict.fromkeys(names), **dict(rows)}
+        raise UnreadableRow("a date is not from 0001 to 9999") from None
 
 
 def write(
@@ -745,58 +777,81 @@ def write(
     statement: str,
     parameters: Row,
     deadline: float,
-) -> None:
-    """Run a statement that writes, at most once; return when its commit is safe.
+) -> list[Row]:
+    """Run a statement that writes, at most once; return its rows when the commit is safe.
 
-    After an error it has no effect and will have none, with two exceptions: after LostWrite it may take effect until
-    the deadline, and after UnconfirmedWrite it has taken effect.
+    After an error it has no effect and will have none. The exceptions are UnconfirmedWrite, and LostCommit until its
+    `final_at` or until a commit that is under way has ended.
     """
-    if connection.waiting_commits:
-        refuse_to_write(connection, deadline)
-    if monotonic() - connection.clock_read > CLOCK_SECONDS:
-        [(server_time,)] = connection.execute(READ_CLOCK, None, deadline)
-        connection.note_clock(server_time)
-    server_time = run_guarded(connection, statement, parameters, deadline)
-    if connection.warnings():
-        connection.close()  # the next one asks how many commits wait
-        raise UnconfirmedWrite("no synchronous standby has confirmed a write")
-    connection.note_clock(server_time)
+    check_standby(connection, deadline)
+    patience = deadline - monotonic()
+    rows = begin_write(connection, statement, parameters, deadline, patience)
+    commit(connection, deadline, monotonic() + patience)
     last_writes.note(connection.server_id)
+    return rows
 
 
-def refuse_to_write(connection: Connection, deadline: float) -> NoReturn:
-    """Raise StandbyMissing, not too soon: each attempt costs a connection."""
-    connection.abandon()
-    pause = min(CONNECT_TIMEOUT, deadline - monotonic())
-    sleep(max(0, pause))
-    raise StandbyMissing("earlier writes still wait for a synchronous standby")
+def check_standby(connection: Connection, deadline: float) -> None:
+    """Raise StandbyMissing if earlier writes wait for a standby, so that sessions that wait do not become more."""
+    if connection.waiting_commits:
+        connection.ask_about_server(deadline)
+    if connection.waiting_commits:
+        connection.abandon()  # perhaps another server has been promoted
+        pause = min(CONNECT_TIMEOUT, deadline - monotonic())
+        sleep(max(0, pause))  # each attempt costs a connection
+        raise StandbyMissing("earlier writes still wait for a synchronous standby")
 
 
-def run_guarded(
+def begin_write(
     connection: Connection,
     statement: str,
     parameters: Row,
     deadline: float,
-) -> float:
-    """Run a statement with the guard of WRITE; return the server's time, in seconds since 1970."""
-    timeouts = milliseconds(STATEMENT_TIMEOUT), milliseconds(LOCK_TIMEOUT)
-    server_deadline = deadline + connection.clock_offset
+    patience: float,
+) -> list[Row]:
+    """Run a statement in a transaction that Postgres ends if no COMMIT follows for some seconds; return its rows."""
     message = WRITE.format(statement=statement)
-    values = (*timeouts, *parameters, server_deadline)
+    timeouts = [milliseconds(seconds) for seconds in (STATEMENT_TIMEOUT, LOCK_TIMEOUT, patience)]
     try:
-        [(server_time,)] = connection.execute(message, values, deadline)
-    except LostConnection as error:
-        raise LostWrite(str(error)) from None
-    except errors.DivisionByZero:
-        connection.close()  # its clock_offset may be wrong
-        raise LateWrite("Postgres has undone a write because its deadline had passed") from None
+        return connection.execute(message, (*timeouts, *parameters), deadline)
+    except LostConnection:
+        raise
     except errors.ReadOnlySqlTransaction:
         connection.abandon()
         raise
-    return float(server_time)
+    except psycopg2.Error:
+        connection.execute(ROLLBACK, None, deadline)
+        raise
 
 
-def save(connection: Connection, dates: Values, deadline: float) -> Results:
+def commit(connection: Connection, deadline: float, final_at: float) -> None:
+    """Commit a write; raise LostCommit or UnconfirmedWrite."""
+    try:
+        connection.execute(connection.end_of_write, None, deadline)
+        warnings = connection.warnings()
+    except TimeoutError as error:
+        raise LostCommit(str(error), final_at) from None
+    except psycopg2.Error as error:
+        if is_lost(error):
+            raise LostCommit(str(error), final_at) from None
+        raise
+    if warnings:
+        connection.close()  # the next one asks how many commits wait
+        raise UnconfirmedWrite("no synchronous standby has confirmed a write")
+
+
+def find(
+    connection: Connection,
+    usernames: Iterable[str],
+    deadline: float,
+) -> ByUser:
+    """Return the date of birth of each user, None if there is none."""
+    names = list(usernames)
+    rows = read(connection, FIND_DATES_OF_BIRTH, (names,), deadline)
+    return {**dict.fromkeys(names), **dict(rows)}
+
+
+def save(connection: Connection, dates: ByUser, deadline: float) -> ByUser:
     """Save the date of birth of each user."""
     rows = sorted(dates.items())  # in one order, so that two statements do not deadlock
     places = ", ".join(["%s"] * len(rows))
@@ -863,9 +918,7 @@ class Pool:
         """Open the connection of each idle slot, unless it is open."""
         for _ in range(self.size):
             with self.slot(timeout=0) as slot:
-                connection = slot.ready(monotonic() + CONNECT_TIMEOUT)
-                if connection.waiting_commits:
-                    connection.close()  # the next one asks again
+                slot.ready(monotonic() + CONNECT_TIMEOUT)
 
 
 class Batch:
@@ -874,14 +927,14 @@ class Batch:
     def __init__(self) -> None:
         self.began = monotonic()
         self.requests = 0
-        self.rows: Values = {}
-        self.results: Results = {}  # a row without a result is answered with 503
+        self.rows: ByUser = {}
+        self.results: ByUser = {}  # a row without a result is answered with 503
         self.bug: Exception | None = None  # is answered with 500
-        self.unsafe_until = 0.0  # monotonic seconds; a lost write may take effect until then
+        self.final_at = 0.0  # monotonic seconds; no 503 before, because a lost COMMIT may still reach Postgres
         self.done = threading.Event()
 
 
-Operation = Callable[[Connection, Values, float], Results]
+Operation = Callable[[Connection, ByUser, float], ByUser]
 Observer = Callable[[str, int, float, Exception | None], None]
 
 
@@ -917,11 +970,13 @@ class Batcher:
         """Return the operation's result for a user; raise Unavailable."""
         batch = self.join(username, value)
         batch.done.wait()
+        if username in batch.results:
+            return batch.results[username]
         if batch.bug:
             raise batch.bug
-        if username not in batch.results:
-            raise Unavailable
-        return batch.results[username]
+        if batch.final_at:
+            sleep(max(0, batch.final_at - monotonic()))
+        raise Unavailable
 
     def join(self, username: str, value: Any) -> Batch:
         """Join the batch that waits, or begin and lead one; return it."""
@@ -939,7 +994,7 @@ class Batcher:
         if self.waiting:
             last = self.waiting[-1]
             # All of a batch give up when its first request has waited for QUEUE_TIMEOUT.
-            is_young = monotonic() - last.began < QUEUE_TIMEOUT * JOIN_SHARE
+            is_young = monotonic() - last.began < QUEUE_TIMEOUT / 10
             if is_young and last.requests < BATCH_SIZE:
                 return last
         batch = Batch()
@@ -960,73 +1015,77 @@ class Batcher:
     def lead(self, batch: Batch) -> None:
         """Run a batch on the next idle connection, and wake its requests."""
         try:
-            self.run_when_idle(batch)
-            if batch.unsafe_until:
-                sleep(max(0, batch.unsafe_until - monotonic()))  # then a 503 is final
+            with self.pool.slot(QUEUE_TIMEOUT) as slot:
+                self.close_batch(batch)
+                self.run(slot, batch)
+                batch.done.set()
+                self.let_others_join()
+        except PoolTimeout:
+            return  # without results
         except Exception as error:
             batch.bug = error
         finally:  # also if the WSGI server kills this request
             self.close_batch(batch)
             batch.done.set()
 
-    def run_when_idle(self, batch: Batch) -> None:
-        """Wait for an idle connection and run a batch on it; without one, the batch has no results."""
-        try:
-            with self.pool.slot(QUEUE_TIMEOUT) as slot:
-                self.close_batch(batch)
-                self.run(slot, batch)
-                if self.waiting and not batch.unsafe_until:
-                    batch.done.set()
-                    sleep(YIELD_SECONDS)  # the next requests of these clients can share the next statement
-        except PoolTimeout:
-            return
+    def let_others_join(self) -> None:
+        """Keep the connection for a moment: the next requests of the clients just answered can share a statement."""
+        if self.waiting:
+            sleep(YIELD_SECONDS)
 
     def run(self, slot: Slot, batch: Batch) -> None:
         """Run a batch's statement; if one of its rows may have made it fail, run it for each row."""
         deadline = monotonic() + DATABASE_TIMEOUT
         try:
-            self.run_rows(slot, batch, batch.rows, deadline)
+            self.run_rows(slot, batch, batch.rows, batch.requests, deadline)
         except ROW_ERRORS:
             self.run_row_by_row(slot, batch, deadline)
+        except DATABASE_ERRORS:
+            return  # without results
 
     def run_row_by_row(self, slot: Slot, batch: Batch, deadline: float) -> None:
-        """Run the statement for each row of a batch that has several, while there is time."""
+        """Run the statement for each row of a batch that has several, while Postgres answers in time."""
         if len(batch.rows) == 1:
             return
         for username, value in batch.rows.items():
             if monotonic() > deadline:
                 return
             try:
-                self.run_rows(slot, batch, {username: value}, deadline)
+                self.run_rows(slot, batch, {username: value}, 1, deadline)
             except ROW_ERRORS:
                 continue
+            except DATABASE_ERRORS:
+                return
 
     def run_rows(
         self,
         slot: Slot,
         batch: Batch,
-        rows: Values,
+        rows: ByUser,
+        requests: int,
         deadline: float,
     ) -> None:
-        """Run the statement for some rows of a batch and keep the results; raise one of ROW_ERRORS."""
+        """Run the statement for some rows of a batch and keep their results; raise one of DATABASE_ERRORS."""
         start = monotonic()
-        requests = batch.requests if rows is batch.rows else 1
         try:
             connection = slot.ready(deadline)
-            batch.results |= self.operation(connection, rows, deadline)
-            self.observe(self.name, requests, monotonic() - start, None)
+            results = self.operation(connection, rows, deadline)
         except DATABASE_ERRORS as error:
             self.observe(self.name, requests, monotonic() - start, error)
-            if isinstance(error, LostWrite):
-                batch.unsafe_until = deadline
-            if isinstance(error, ROW_ERRORS):
-                raise
+            if isinstance(error, LostCommit):
+                batch.final_at = error.final_at
+            raise
+        batch.results.update(results)
+        self.observe(self.name, requests, monotonic() - start, None)
 
 
+YIELD_SECONDS = 1e-6  # other threads and greenlets run
+KEEP_OPEN_SECONDS = 5.0  # between two looks at idle connections
 READ_POOL = Pool("read", DATABASE_CONNECTIONS)
 WRITE_POOL = Pool("write", DATABASE_CONNECTIONS)
 find_date_of_birth = Batcher(find, READ_POOL)
 save_date_of_birth = Batcher(save, WRITE_POOL)
+# For telemetry, init-db and keep_connected
 POOLS = [READ_POOL, WRITE_POOL]
 BATCHERS = [find_date_of_birth, save_date_of_birth]
 
@@ -1075,13 +1134,12 @@ def try_statements(connection: Connection, deadline: float) -> None:
     """Run the service's statements and roll them back; raise UnusableTable."""
     username = f"init-db {uuid.uuid4()} ".ljust(MAX_NAME_BYTES, "-")  # no user's: it is not only letters
     connection.waiting_commits = 0  # what is rolled back waits for no standby
-    connection.execute("BEGIN", None, deadline)
+    connection.end_of_write = ROLLBACK
     try:
-        find(connection, [username], deadline)
-        save(connection, {username: date.min}, deadline)
+        for batcher in BATCHERS:
+            batcher.operation(connection, {username: date.min}, deadline)
     except LASTING_ERRORS as error:
         raise UnusableTable(f"the service cannot use the table users: {first_line(error)}") from None
-    connection.execute("ROLLBACK", None, deadline)
 
 
 def apply_schema(deadline: float) -> None:

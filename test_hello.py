@@ -361,7 +361,7 @@ def test_content_is_read_to_the_stated_length_or_to_its_end(environ: dict[str, A
     ("length", "text"),
     [
         ("4", "The content must be as long as its Content-Length."),
-        ("a", "The content must be complete and well-formed."),
+        ("a", "The Content-Length must be a number of bytes."),
     ],
 )
 def test_content_that_cannot_be_read_is_400(length: str, text: str) -> None:

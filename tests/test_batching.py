@@ -131,6 +131,7 @@ def test_puts_of_one_user_in_one_batch_store_the_last(app: TestApp, table: Datab
     assert table.rows()["Zoe"] == date(1990, 1, 5)
 
 
+@pytest.mark.usefixtures("patient")
 def test_batches_in_two_orders_do_not_deadlock(table: Database) -> None:
     rows = [(chr(0x4E00 + number), date(1990, 5, 17)) for number in range(500)]  # so many that the statements overlap
     connections = [hello.connect(time.monotonic() + 5) for _ in range(2)]
