@@ -175,7 +175,7 @@ def test_put_answered_503_never_overwrites_a_later_acknowledged_one(database: Da
     with Service(tmp_path, database.service_environment, WEB_CONCURRENCY="1", **SHORT_TIMEOUTS) as service:
         assert service.put("Twice", "1990-01-01").status == 204
         saving = "SELECT pid FROM pg_stat_activity WHERE application_name = %s AND query LIKE %s"
-        [(pid,)] = database.query(saving, service.name, "%INSERT%")
+        [(pid,)] = database.query(saving, service.name, "COMMIT")
         backend = psutil.Process(pid)
         backend.suspend()
         try:
