@@ -25,7 +25,7 @@ HEALTHCHECK --interval=5s --timeout=3s --start-period=15s CMD ["python", "-IS", 
 from http.client import HTTPConnection; from os import environ; \
 livez = HTTPConnection('127.0.0.1', int(environ.get('PORT') or 8080), timeout=2); \
 livez.request('GET', '/livez'); raise SystemExit(livez.getresponse().status != 200)"]
-CMD ["python", "-m", "server"]
+CMD ["gunicorn", "hello:application"]
 ARG VERSION=1.0.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title=hello \

@@ -42,7 +42,7 @@ help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: run-environment ## Serve on PORT (8080), with an embedded Postgres unless PGHOST is set
-	@exec "$(VENV)/bin/python" -m tools.serve "$(DATA)" "$(VENV)/bin/python" -m server
+	@exec "$(VENV)/bin/python" -m tools.serve "$(DATA)" "$(VENV)/bin/gunicorn" hello:application
 
 test: dev-environment ## Run the tests, against Postgres servers of their own
 	@"$(VENV)/bin/python" -m $(PYTEST) $(ARGS)

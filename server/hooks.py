@@ -5,7 +5,7 @@ import resource
 from threading import Thread
 from typing import Any
 
-from server import metrics, settings
+from server import metrics, options, settings
 
 MEMORY_FOLDER = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
@@ -17,9 +17,13 @@ def bind_addresses() -> list[str]:
 
 
 def on_starting(server: Any) -> None:
-    """Allow the open files that WORKER_CONNECTIONS clients need: the usual soft limit is 1,024."""
+    """Check options and addresses, and allow the open files that a worker may need: the usual limit is 1,024."""
+    options.check_options(server.cfg)
+    if not os.environ.keys() & {"GUNICORN_FD", "LISTEN_FDS"}:  # it takes over sockets
+        options.check_addresses(server.cfg.address, reuse_port=server.cfg.reuse_port)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * settings.WORKER_CONNECTIONS + 100
+    # A stopping worker also serves what waits to be accepted.
+    wanted = 2 * server.cfg.worker_connections + server.cfg.backlog + 100
     if soft != resource.RLIM_INFINITY and soft < wanted:
         limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

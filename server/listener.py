@@ -10,7 +10,14 @@ from gevent.server import StreamServer
 class Listener(StreamServer):
     """A gevent server that shares new connections with the other workers, and closes without resetting any."""
 
-    max_accept = 1  # in a turn of the event loop
+    @property
+    def max_accept(self) -> int:  # type: ignore[override]
+        """The number of connections to accept in a turn of the event loop.
+
+        It is small while few are open, so that workers get equal shares of a burst, and grows with them, because turns
+        become longer.
+        """
+        return 2 + len(self.pool or ()) // 8
 
     def close(self) -> None:
         """Serve all connections in the accept queue, then close: closing a queue that is not empty resets them."""

@@ -10,6 +10,7 @@ It serves applications that return their content as a list and do not call `writ
 refuses the options of gunicorn that have no effect on it.
 """
 
+import ctypes
 import fcntl
 import math
 import signal
@@ -41,9 +42,12 @@ if TYPE_CHECKING:
 READ = 1  # the event of gevent's watchers
 RECEIVE_BYTES = 8192
 DRAIN_SECONDS = 1  # a connection that is being closed is read for this long
-STOPPING_IDLE_SECONDS = 1  # a stopping worker keeps idle connections for this long: a request may be on its way
+# A stopping worker keeps idle connections for this long, because a request may be on its way, and accepts further ones,
+# because the workers that replace it after SIGHUP are not ready at once.
+STOPPING_SECONDS = 1
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # a struct linger: l_onoff, l_linger
 SWEEP_SECONDS = 0.1  # between two checks of the time limits
+TRIM_SECONDS = 5  # between two times that freed memory goes back to the system
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGQUIT, signal.SIGINT}
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -69,6 +73,14 @@ def response_start(status: str, second: int, is_last: bool) -> str:
     """Return a response's status line and the headers that all responses of one second share."""
     connection = "close" if is_last else "keep-alive"
     return f"HTTP/1.1 {status}\r\nDate: {formatdate(second, usegmt=True)}\r\nConnection: {connection}"
+
+
+def return_memory() -> None:
+    """Give back again and again what clients that have left used; glibc would keep most of it."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    while malloc_trim:
+        gevent.sleep(TRIM_SECONDS)
+        malloc_trim(0)  # takes less than a millisecond, or some if there is much to give back
 
 
 def write(data: bytes) -> NoReturn:
@@ -255,18 +267,20 @@ class Worker(ggevent.GeventWorker):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def run(self) -> None:
-        """Serve until told to stop; then serve what has arrived, for `graceful_timeout` seconds at most."""
+        """Serve until told to stop; then answer what has arrived, for `graceful_timeout` seconds at most."""
         listeners = [Listener(each, self.serve, spawn=Pool(self.worker_connections)) for each in self.sockets]
         for listener in listeners:
             listener.start()
+        gevent.spawn(return_memory)
         while self.alive:
             self.sweep()
-        end = monotonic() + self.cfg.graceful_timeout
-        self.sweep()  # idle connections make room
+        stopped = monotonic()
+        while monotonic() < stopped + STOPPING_SECONDS:
+            self.sweep()
         for listener in listeners:
             listener.close()
         self.sweep()
-        while self.connections and monotonic() < end:
+        while self.connections and monotonic() < stopped + self.cfg.graceful_timeout:
             self.sweep()
         if self.connections:
             self.log.warning("Worker graceful timeout (pid:%s)", self.pid)
@@ -280,7 +294,7 @@ class Worker(ggevent.GeventWorker):
         now = monotonic()
         for connection in list(self.connections):
             is_leaving = connection.phase is IDLE and not self.alive
-            limit = min(connection.limit, STOPPING_IDLE_SECONDS) if is_leaving else connection.limit
+            limit = min(connection.limit, STOPPING_SECONDS) if is_leaving else connection.limit
             if now - connection.since > limit:
                 connection.expire()
         gevent.sleep(SWEEP_SECONDS)

@@ -303,8 +303,8 @@ def test_data_of_another_version_are_reported_with_the_error_of_postgres_and_sta
 def test_taken_port_says_so_in_one_line(data: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         output = MakeRun(data, PORT=str(taken.getsockname()[1])).wait_stopped()
-    assert output.splitlines()[0].startswith("Port ")
-    assert "make run PORT=" in output
+    assert output.splitlines()[0].startswith("cannot listen on 127.0.0.1 port ")
+    assert "HOST or PORT" in output
     assert "Traceback" not in output
 
 

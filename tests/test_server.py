@@ -297,6 +297,34 @@ def test_connections_that_arrive_while_the_service_stops_are_answered_or_refused
     assert defects == []
 
 
+def test_clients_that_wait_for_a_full_worker_that_stops_are_answered(database: dict[str, str], tmp_path: Path) -> None:
+    with (
+        Service(tmp_path, database, WEB_CONCURRENCY="1", WORKER_CONNECTIONS="5") as service,
+        contextlib.ExitStack() as stack,
+    ):
+        idle = [stack.enter_context(service.open_socket()) for _ in range(5)]
+        for client in idle:
+            client.sendall(LIVEZ)
+            assert client.recv(1000).startswith(b"HTTP/1.1 200 ")
+        waiting = [stack.enter_context(service.open_socket()) for _ in range(3)]
+        for client in waiting:
+            client.sendall(LIVEZ)
+        service.process.terminate()
+        found = [response.status for client in waiting for response in responses(read_all(client))]
+        assert found == [200, 200, 200]
+        assert service.process.wait(20) == 0
+
+
+def test_connection_that_was_idle_for_longer_closes_at_once_when_the_service_stops(
+    database: dict[str, str], tmp_path: Path
+) -> None:
+    with Service(tmp_path, database, WEB_CONCURRENCY="1") as service, service.open_socket() as idle:
+        time.sleep(1.2)  # STOPPING_SECONDS and a sweep
+        service.process.terminate()
+        _, seconds = seconds_until_closed(idle)
+    assert seconds < 0.9
+
+
 def test_reload_keeps_accepting_connections(database: dict[str, str], tmp_path: Path) -> None:
     with Service(tmp_path, database) as service:
         before = set(service.workers())

@@ -13,7 +13,8 @@ from server.settings import SETTINGS, Setting
 from tests.support.network import free_port
 
 ROOT = Path(__file__).parents[1]
-CHECK = [sys.executable, "-m", "server", "--check-config"]
+CHECK = [sys.executable, "-m", "gunicorn", "--check-config", "hello:application"]
+ADDRESSES = {"HOST", "METRICS_HOST"}  # which tests/test_options.py tests
 
 
 def check(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -25,7 +26,7 @@ def check(*command: str, **environment: str) -> subprocess.CompletedProcess[str]
 def wrong_values(setting: Setting) -> Iterator[str]:
     """Return values that a setting cannot have."""
     if isinstance(setting.default, str):
-        yield from ("no-such-word..", "\x7f") if setting.choices else ("no-such-host..", "a" * 300, "1.2.3.4.5", "::g")
+        yield from ("no-such-word..", "\x7f")
         return
     assert setting.minimum is not None
     assert setting.maximum is not None
@@ -36,7 +37,8 @@ def wrong_values(setting: Setting) -> Iterator[str]:
         yield str(setting.minimum + 0.5)
 
 
-WRONG = [(setting.name, value) for setting in SETTINGS.values() for value in wrong_values(setting)]
+CHECKED = [setting for setting in SETTINGS.values() if setting.name not in ADDRESSES]
+WRONG = [(setting.name, value) for setting in CHECKED for value in wrong_values(setting)]
 
 
 def right_values(setting: Setting) -> Iterator[str]:
@@ -82,17 +84,19 @@ def read_again(setting: Setting) -> int | float | str:
     )
 
 
-def test_a_wrong_number_of_workers_stops_the_start_with_one_line_and_no_traceback() -> None:
-    done = check(WEB_CONCURRENCY="no..such")
+def test_a_wrong_number_of_workers_is_one_line_and_no_traceback() -> None:
+    done = check(sys.executable, "-c", "import server.settings", WEB_CONCURRENCY="no..such")
     assert done.returncode == 1
     assert done.stderr.startswith("WEB_CONCURRENCY='no..such' must be ")
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("name", sorted({*SETTINGS} - {"WEB_CONCURRENCY"}))  # which gunicorn itself reads first
+@pytest.mark.parametrize(
+    "name", sorted({*SETTINGS} - ADDRESSES - {"WEB_CONCURRENCY"})
+)  # gunicorn itself reads that first
 def test_a_wrong_value_stops_gunicorn_with_one_line_and_no_traceback(name: str) -> None:
-    done = check(sys.executable, "-m", "gunicorn", "--check-config", "hello:application", **{name: "no..such"})
+    done = check(**{name: "no..such"})
     assert done.returncode == 1
     assert done.stderr.startswith(f"{name}='no..such' must be ")
     assert done.stderr.count("\n") == 1
@@ -108,7 +112,7 @@ def test_two_equal_ports_stop_the_start_with_one_line() -> None:
 @pytest.mark.parametrize("name", ["TZ", "QUEUE_TIMEOUT"])
 def test_a_wrong_value_of_the_application_stops_gunicorn_with_one_line(name: str) -> None:
     own = {name: "no..such", "PORT": str(free_port()), "METRICS_PORT": "0", "WEB_CONCURRENCY": "3"}
-    done = check(sys.executable, "-m", "server", **own)
+    done = check(sys.executable, "-m", "gunicorn", "hello:application", **own)
     assert done.returncode == 3
     assert done.stderr.startswith(f"{name}='no..such' ")
     assert done.stderr.count("\n") == 1

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from server import settings
+from server import options, settings
 from tools.embedded_postgres import Postgres, environment_without_libpq, stop_process
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -58,19 +58,6 @@ def take_lock(folder: Path) -> int:
         print("ports, as in `make run DATA=.postgres2 PORT=9000 METRICS_PORT=9001`.", flush=True)
         fcntl.flock(lock, fcntl.LOCK_EX)
     return lock
-
-
-def check_ports() -> None:
-    """Exit with one line if the service cannot listen on a port."""
-    for name, (host, port) in settings.addresses().items():
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(address)
-            except OSError as error:
-                reason = os.strerror(error.errno or 0)
-                sys.exit(f"Port {port} cannot be used ({reason}): choose another, as in `make run {name}=9000`.")
 
 
 def stopped_with_this_process(stop_signal: str) -> tuple[str, ...]:
@@ -145,7 +132,7 @@ def main(folder: Path, command: list[str]) -> int:
     """Start the database and the command, wait until the command ends, and return its exit status."""
     leave_at_signals()
     lock = take_lock(folder)
-    check_ports()
+    options.check_addresses(settings.addresses().values())
     with database(folder, lock) as environment:
         limits = {"INIT_TIMEOUT": "5"} | environment
         init_db = [sys.executable, "hello.py", "init-db"]

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.load import letters
-from tests.support.network import LOOPBACK, split_response
+from tests.support.network import LOOPBACK, read_all, responses, split_response
 from tests.support.postgres import Database
 from tests.support.service import CONNECTIONS, Service, body
 from tests.support.wait import in_thread, wait_until
@@ -180,6 +180,19 @@ def test_slow_clients_are_closed_and_do_not_slow_a_normal_one(
     assert ends[-1] < 1.5 + 5
     assert idle_end < 2 + 5
     assert max(among) < 1.4  # a worker that waited for a slow client would take 1.5 s
+
+
+def test_time_for_sending_does_not_run_while_the_next_request_waits_for_the_database(
+    database: Database, tmp_path: Path
+) -> None:
+    limits = {"SEND_TIMEOUT": "0.4", "STATEMENT_TIMEOUT": "5", "DATABASE_TIMEOUT": "5", "QUEUE_TIMEOUT": "5"}
+    with Service(tmp_path, database.service_environment | limits) as service, service.open_socket() as client:
+        with database.locked("LOCK TABLE users"):
+            client.sendall(LIVEZ + LIVEZ.replace(b"/livez", b"/hello/Nobody"))
+            database.wait_for_lock_wait()
+            time.sleep(0.9)  # twice the limit, and a sweep
+        client.shutdown(socket.SHUT_WR)
+        assert [response.status for response in responses(read_all(client))] == [200, 404]
 
 
 # --- Without end ------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.support.load import Load
 from tests.support.network import RESET_ON_CLOSE, Connection, read_all, responses
@@ -38,6 +39,13 @@ def is_closed(connection: Connection) -> bool:
     """Wait until the service sends something on an idle connection; return whether that is its end."""
     assert connection.sock is not None
     return connection.sock.recv(1) == b""
+
+
+def is_refused(service: Service) -> bool:
+    """Return whether the service accepts no more connections."""
+    with contextlib.suppress(ConnectionRefusedError), service.open_socket():
+        return False
+    return True
 
 
 def test_worker_killed_affects_only_its_own_clients_and_is_replaced(
@@ -117,6 +125,24 @@ def test_sigterm_closes_the_idle_connections_although_some_were_reset(database: 
         assert all(is_closed(connection) for connection in idle[1::2])
         worker.wait(GRACEFUL_TIMEOUT)
         assert "uncaught" not in service.log_text()
+
+
+@pytest.mark.parametrize("together", [3, 2, 1])
+def test_sigterm_answers_all_pipelined_requests_that_have_arrived(
+    database: Database, tmp_path: Path, together: int
+) -> None:
+    requests = [b"GET /hello/Nobody HTTP/1.1\r\nHost: a\r\n\r\n"] * 3
+    with Service(tmp_path, database.service_environment | PATIENT) as service, service.open_socket() as client:
+        with database.locked("LOCK TABLE users"):
+            client.sendall(b"".join(requests[:together]))
+            database.wait_for_lock_wait()
+            client.sendall(b"".join(requests[together:]))
+            service.process.terminate()
+            wait_until(lambda: is_refused(service))
+        found = responses(read_all(client))
+        assert [response.status for response in found] == [404, 404, 404]
+        assert [response.headers["Connection"] for response in found] == ["keep-alive", "keep-alive", "close"]
+        assert service.process.wait(20) == 0
 
 
 def test_answer_that_outlasts_the_draining_closes_its_connection(database: Database, tmp_path: Path) -> None:

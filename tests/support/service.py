@@ -41,13 +41,21 @@ class Service:
         folder: where its log goes.
         environment: what reaches its database.
         prefix: a command that runs it in another way.
+        arguments: of gunicorn.
         settings: of hello and its server, such as `HEAD_TIMEOUT="1"`.
     """
 
     def __init__(
-        self, folder: Path, environment: Mapping[str, str], *, prefix: Sequence[str] = (), **settings: str
+        self,
+        folder: Path,
+        environment: Mapping[str, str],
+        *,
+        prefix: Sequence[str] = (),
+        arguments: Sequence[str] = (),
+        **settings: str,
     ) -> None:
-        self.prefix = prefix
+        self.command = [*prefix, str(Path(sys.executable).with_name("gunicorn")), *arguments, "hello:application"]
+        self.descriptors: Sequence[int] = ()  # of files that it inherits
         self.port = free_port()
         self.name = f"hello-{self.port}"  # of its connections in the database
         self.log = folder / f"{self.name}.log"
@@ -55,9 +63,10 @@ class Service:
         self.environment: dict[str, str] = {**os.environ, **environment, **own, **settings}
 
     def __enter__(self) -> Self:
-        command = [*self.prefix, str(Path(sys.executable).with_name("gunicorn")), "hello:application"]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=log, stderr=log)
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command, cwd=ROOT, env=self.environment, stdout=log, stderr=log, pass_fds=self.descriptors
+            )
         try:
             wait_until(self.is_up, 30)
         except BaseException:

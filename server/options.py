@@ -1,0 +1,81 @@
+"""Check gunicorn's options at the start: one that it would ignore for this service, or only half do, ends it.
+
+Each failure is one line.
+"""
+
+import socket
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from gunicorn.config import make_settings
+
+from server import settings
+
+# What to do instead of some options
+REFUSED = {
+    "let a proxy in front of the service do it": (
+        "certfile", "keyfile", "ca_certs", "ssl_context", "http_protocols", "http2_cleartext", "protocol",
+        "proxy_protocol", "proxy_allow_ips", "uwsgi_allow_ips", "root_path",
+    ),
+    "the service does not look at its clients' addresses": (
+        "forwarded_allow_ips", "secure_scheme_headers", "forwarder_headers",
+    ),
+    "server/parser.py reads requests, and docs/configuration.md lists its limits": (
+        "limit_request_line", "limit_request_fields", "limit_request_field_size", "http_parser", "header_map",
+        "permit_obsolete_folding", "permit_unconventional_http_method", "permit_unconventional_http_version",
+        "casefold_http_method", "strip_header_spaces",
+    ),
+    "the log goes to standard output; LOG_LEVEL and LOG_FORMAT set what it has": (
+        "accesslog", "access_log_format", "errorlog", "capture_output", "loglevel", "logconfig", "logconfig_json",
+        "logger_class", "syslog",
+    ),
+    "/metrics has the figures": ("statsd_host", "statsd_prefix", "dogstatsd_tags", "enable_backlog_metric"),
+    "set KEEPALIVE_TIMEOUT": ("keepalive",),
+    "set WEB_CONCURRENCY": ("threads",),
+    "set the variable in gunicorn's own environment": ("raw_env",),
+    "only server.worker.Worker has the limits, the metrics and the log of the service": ("worker_class",),
+    "workers cannot share connections to Postgres": ("preload_app",),
+    "workers need not be replaced": ("max_requests", "max_requests_jitter"),
+    "the worker does not call it": ("pre_request", "post_request"),
+    "gunicorn.conf.py disables it": ("control_socket",),
+}  # fmt: skip
+
+
+def check_options(config: Any) -> None:
+    """Exit with one line if an option is set that is not supported."""
+    usual = {name: setting.get() for name, setting in make_settings().items()}
+    usual |= {"loglevel": settings.LOG_LEVEL, "worker_class": "server.worker.Worker"}
+    for advice, names in REFUSED.items():
+        for name in names:
+            setting = config.settings[name]
+            if setting.get() != usual[name]:
+                option = setting.cli[-1] if setting.cli else name
+                sys.exit(f"gunicorn's option {option} is not supported: {advice}")
+
+
+def check_addresses(addresses: Iterable[Any], *, reuse_port: bool = False) -> None:
+    """Exit with one line if an address cannot be listened on: gunicorn would try five times, and log each.
+
+    Args:
+        addresses: pairs of a host and a port; others, which are not of TCP, are not checked.
+        reuse_port: whether other sockets may share the port.
+    """
+    ports = {address: name for name, address in settings.addresses().items()}
+    for address in addresses:
+        if isinstance(address, tuple) and (reason := refusal(*address, reuse_port=reuse_port)):
+            port = ports.get(address)
+            names = f"{port.replace('PORT', 'HOST')} or {port}" if port else "--bind"
+            sys.exit(f"cannot listen on {address[0]} port {address[1]} ({reason}): set another {names}")
+
+
+def refusal(host: str, port: int, *, reuse_port: bool) -> str:
+    """Return why an address cannot be listened on; empty if it can."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(reuse_port))
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError, UnicodeError) as error:
+            return getattr(error, "strerror", None) or str(error)
+    return ""
