@@ -35,7 +35,7 @@ export MYPY_CACHE_DIR = $(VENV)/cache/mypy
 export COVERAGE_FILE = $(VENV)/cache/coverage
 export HYPOTHESIS_STORAGE_DIRECTORY = $(VENV)/cache/hypothesis
 
-PYTEST = pytest -rfEs -n "$(JOBS)" --dist loadfile --no-loadscope-reorder
+PYTEST = pytest -rfEs -n "$(JOBS)" --dist loadfile
 
 .PHONY: help run test coverage mutations lint format lock audit
 help: ## List the targets
@@ -60,7 +60,7 @@ lint: dev-environment ## Check style, format, types, shell scripts, this file, a
 	@"$(VENV)/bin/mypy" --no-error-summary
 	@"$(VENV)/bin/python" -m tools.mutations --check
 	@"$(VENV)/bin/shellcheck" .ci/run tools/*.sh
-	@! sed 's/"[^"]*"//g' Makefile | grep -nE '^	.*[$$][(](VENV|DATA|JOBS|HELLO_VERSION)[)]' || \
+	@! sed 's/"[^"]*"//g' Makefile | grep -nE '^	.*[$$][(](VENV|DATA|HELLO_VERSION)[)]' || \
 		{ echo 'Makefile: a variable in these lines must be in double quotes.' >&2; exit 1; }
 
 format: dev-environment ## Format the code as `make lint` checks it

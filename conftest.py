@@ -13,22 +13,6 @@ from tests.support.network import free_port
 from tests.support.postgres import Database
 
 ROOT = Path(__file__).parent
-# Files that take longest start first, and the others fill the gaps that they leave.
-LONGEST = [
-    "tests/test_compose.py",
-    "tests/test_make_run.py",
-    "tests/resilience/test_failover.py",
-    "tests/resilience/test_hosts.py",
-    "tests/resilience/test_postgres.py",
-    "tests/test_logs.py",
-    "tests/test_telemetry.py",
-    "tests/test_environment.py",
-    "tests/resilience/test_clients.py",
-    "tests/resilience/test_processes.py",
-    "tests/test_server.py",
-    "tests/test_manifests_tools.py",
-    "tests/test_openapi.py",
-]
 
 # The tests choose the settings that they need; those of the shell, and its database, must not reach them.
 settings = {line.partition("=")[0] for line in (ROOT / ".env.example").read_text().splitlines()}
@@ -69,12 +53,6 @@ def table(postgres: Database, database: dict[str, str]) -> Database:
 def report(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
     """Keep a line about what a test measured; the end of the run shows it."""
     return lambda text: record_property("report", text)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests of LONGEST first, in its order."""
-    order = {ROOT / name: index for index, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

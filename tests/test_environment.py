@@ -146,7 +146,7 @@ def test_targets_in_a_persons_folders_leave_their_files(checkout: Path, own: dic
         assert any("curl http" in line for line in run.stdout)
         run.terminate()
     assert (checkout / "stuff" / "data" / "PG_VERSION").exists()
-    for target in ("format", "lint", "test", "coverage"):
+    for target in ("format", "coverage"):
         make(checkout, target, "VENV=linked", "ARGS=--version")
     done = clean(checkout, "DATA=stuff", "VENV=linked", "WITH_DATA=yes")
     assert done.returncode == 0, done.stderr
@@ -239,7 +239,7 @@ def test_new_requirements_are_installed(checkout: Path, venv: Path) -> None:
 
 def test_environment_is_usable_after_interruptions_at_any_moment(checkout: Path) -> None:
     command = ["make", "run-environment"]
-    for moment in (0.2, 1, 3):
+    for moment in (0.5, 2):
         with subprocess.Popen(command, cwd=checkout, env=environment(), start_new_session=True) as run:
             time.sleep(moment)  # the moment, not a wait
             os.killpg(run.pid, signal.SIGKILL)
