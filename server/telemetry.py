@@ -122,8 +122,7 @@ class TelemetryMiddleware:
         """Count and log a request."""
         method = METHODS.get(environ["REQUEST_METHOD"], "other")
         route = environ.get("hello.route", UNMATCHED)
-        metrics.series(metrics.REQUESTS, method, route, status).inc()
-        metrics.series(metrics.DURATIONS, method, route, status).observe(seconds)
+        metrics.DURATIONS.observe(seconds, method, route, status)
         if status == "503":
             self.outage.unavailable += 1
         if route not in PROBES:
@@ -138,8 +137,8 @@ class TelemetryMiddleware:
 
     def statement(self, operation: str, rows: int, seconds: float, error: Exception | None) -> None:
         """Count a statement; log the begin and the end of an outage."""
-        metrics.series(metrics.STATEMENTS, operation).observe(seconds)
-        metrics.series(metrics.BATCHES, operation).observe(rows)
+        metrics.STATEMENTS.observe(seconds, operation)
+        metrics.BATCHES.observe(rows, operation)
         if error is not None:
             metrics.ERRORS.labels(type(error).__name__).inc()
             self.outage.failure(operation, error, time.monotonic())
