@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bench.database import ROOT, USERS, database_name, hello_statements
+from bench.database import ROOT, USERS, database_name, hello_messages
 from bench.load import METHODS, Load, Sample, run_pgbench, run_wrk
 
 BIN = Path(sys.executable).parent
@@ -142,11 +142,11 @@ class Service(Contestant):
 
 
 class Pgbench(Contestant):
-    """pgbench with hello's message for one row."""
+    """pgbench with hello's messages for one row."""
 
     def run(self, load: Load) -> Sample:
-        """Run hello's statement for the load's method."""
-        return run_pgbench(database_name(self.users), hello_statements()[load.method], load)
+        """Send hello's messages for the load's method."""
+        return run_pgbench(database_name(self.users), hello_messages(load.method), load)
 
 
 def process_tree(pid: int) -> list[int]:
@@ -176,7 +176,7 @@ CONTESTANTS: list[Contestant] = [
     Service("fastapi", "FastAPI, asyncpg pool, uvicorn", UVICORN, {"CONNECTIONS": "8"}),
     Service("flask", "Flask, a connection a request, gunicorn", FLASK),
     Service("constant", "a constant under hello's server", "gunicorn bench.peers.constant:application", OFF),
-    Pgbench("pgbench", "pgbench, hello's message for one row"),
+    Pgbench("pgbench", "pgbench, hello's messages for one row"),
 ]
 
 

@@ -9,10 +9,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 
-import hello
 from tools.embedded_postgres import Postgres, binaries
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +26,10 @@ INSERT_USERS = (
     " '1930-01-01'::date + number % 32000 FROM generate_series(1, {users}) AS number"
 )
 PROBE = "Userprobe"
+CALLS = {
+    "GET": f"hello.find_date_of_birth('{PROBE}')",
+    "PUT": f"hello.save_date_of_birth('{PROBE}', date(1990, 5, 17))",
+}
 
 
 @contextlib.contextmanager
@@ -69,23 +71,25 @@ def create_database(users: int) -> None:
 
 
 @functools.cache
-def hello_statements() -> dict[str, str]:
-    """Return by method the message that hello sends for one row, as a pgbench script with {} for the username.
+def hello_messages(method: str) -> str:
+    """Return the messages that hello sends for one row, as a pgbench script with {} for the username.
 
-    Postgres itself shows the message, so that it cannot differ from hello's.
+    Postgres itself logs them, so that they cannot differ from hello's.
     """
-    os.environ["PGDATABASE"] = database_name(USERS)
-    hello.find_date_of_birth(PROBE)
-    hello.save_date_of_birth(PROBE, date(1990, 5, 17))
-    return {"GET": last_message("SELECT username"), "PUT": last_message("INSERT")}
+    log = Path(psql("SHOW data_directory")) / "server.log"
+    start = log.stat().st_size
+    environment = os.environ | {"PGDATABASE": database_name(USERS), "PGOPTIONS": "-c log_statement=all"}
+    program = f"import hello; from datetime import date; {CALLS[method]}"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, env=environment)
+    text = log.read_bytes()[start:].decode()
+    messages = re.findall(r"LOG:  statement: (.*?)(?=\n\d{4}-|\n\Z)", text, re.DOTALL)
+    first = next(number for number, message in enumerate(messages) if PROBE in message)
+    return "".join(map(pgbench_line, messages[first:]))
 
 
-def last_message(part: str) -> str:
-    """Return the message with this part that hello sent for PROBE, as a pgbench script."""
-    condition = f"application_name = 'hello' AND strpos(query, '{PROBE}') > 0 AND strpos(query, '{part}') > 0"
-    query = psql(f"SELECT query FROM pg_stat_activity WHERE {condition} LIMIT 1")
-    message = " ".join(query.split()).rstrip("; ")
-    # It must not expire during the run.
-    message = re.sub(r"to_timestamp\([\d.]+\)", "to_timestamp(4102444800.5)", message)
+def pgbench_line(message: str) -> str:
+    """Return a message of one or more statements as a line of a pgbench script."""
+    without_comments = re.sub("--.*", "", message)
+    statements = " ".join(without_comments.split()).rstrip("; ")
     # pgbench sends statements that end with `\;` in one message.
-    return message.replace("{", "{{").replace("}", "}}").replace(PROBE, "{}").replace(";", " \\;") + ";\n"
+    return statements.replace("{", "{{").replace("}", "}}").replace(PROBE, "{}").replace(";", " \\;") + ";\n"

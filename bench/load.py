@@ -19,7 +19,7 @@ METHODS = ("GET", "PUT")
 CLIENTS = 32
 SCRIPT = Path(__file__).with_name("requests.lua")
 PGBENCH_SCRIPTS = 100  # pgbench takes at most 128
-STATEMENTS_A_SCRIPT = 10
+STATEMENTS_A_SCRIPT = 20
 
 seeds = itertools.count(time.time_ns() % 1_000_000)
 
