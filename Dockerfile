@@ -26,7 +26,7 @@ from http.client import HTTPConnection; from os import environ; \
 livez = HTTPConnection('127.0.0.1', int(environ.get('PORT') or 8080), timeout=2); \
 livez.request('GET', '/livez'); raise SystemExit(livez.getresponse().status != 200)"]
 CMD ["gunicorn", "hello:application"]
-ARG VERSION=1.0.0
+ARG VERSION=2.0.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title=hello \
     org.opencontainers.image.description="A birthday greeting service" \

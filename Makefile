@@ -19,7 +19,7 @@ GRYPE = anchore/grype:v0.117.0@sha256:ddf9e9f204049f3a4a0955ef70873cabab6a314321
 # The project of the containers: nobody else's, whatever the environment says
 COMPOSE_PROJECT_NAME := $(shell sed -n 's/^name: //p' docker-compose.yml)
 # The image's tag, also for `docker compose`
-HELLO_VERSION ?= 1.0.0
+HELLO_VERSION ?= 2.0.0
 
 # Not every shell replaces the ~ in `make run DATA=~/data`.
 override VENV := $(VENV:~/%=$(HOME)/%)

@@ -39,7 +39,7 @@ from zoneinfo import ZoneInfo
 import psycopg2
 from psycopg2 import errors, extensions
 
-__version__ = "1.0.0"
+__version__ = "2.0.0"
 
 # --- Settings ---------------------------------------------------------------------------------------
 

@@ -247,7 +247,7 @@ def test_snapshot_of_a_worker_that_ended_has_no_gauges(memory: int, monkeypatch:
 
 def test_a_worker_goes_on_from_the_counters_of_the_last_one_with_its_number(memory: int) -> None:
     metrics.write_snapshot(1, counted(5))
-    shared = metrics.SharedMetrics(1, "1.0.0")
+    shared = metrics.SharedMetrics(1, "2.0.0")
     shared.share()
     totals = {metric.name: metric for metric in metrics.read_snapshot(1)}
     assert totals["words"] == counted(5)[0]

@@ -29,7 +29,7 @@ data:
 LABELS = """\
 app.kubernetes.io/name: hello
 app.kubernetes.io/instance: hello
-app.kubernetes.io/version: "1.0.0"
+app.kubernetes.io/version: "2.0.0"
 app.kubernetes.io/component: api
 app.kubernetes.io/part-of: hello
 app.kubernetes.io/managed-by: kubectl"""
