@@ -104,7 +104,8 @@ BATCH_SIZE = number("BATCH_SIZE", 100, "requests", 1, "Requests that may share o
 QUEUE_TIMEOUT = number("QUEUE_TIMEOUT", 1.5, "seconds", 0.001, "Time a request waits for a connection")
 CONNECT_TIMEOUT = number("CONNECT_TIMEOUT", 1.0, "seconds", 0.001, "Time an attempt to connect may take")
 STATEMENT_TIMEOUT = number("STATEMENT_TIMEOUT", 1.0, "seconds", 0.001, "Time Postgres may work on a statement")
-# A batch collects requests for as long. If writes waited longer for a lock, the queue would grow behind a locked row.
+# 0.15 s is also how long a batch collects requests: a tenth of QUEUE_TIMEOUT (Batcher.open_batch). If writes waited
+# longer for a lock, the queue would grow behind a locked row.
 LOCK_TIMEOUT = number("LOCK_TIMEOUT", 0.15, "seconds", 0.001, "Time a write may wait for a lock of another transaction")
 DATABASE_TIMEOUT = number("DATABASE_TIMEOUT", 3.0, "seconds", 0.001, "Time for connecting and for a statement together")
 INIT_TIMEOUT = number("INIT_TIMEOUT", 60.0, "seconds", 0.001, "Time `python hello.py init-db` waits for the database")
@@ -149,7 +150,10 @@ def is_ipv6_address(text: str) -> bool:
 
 
 def check_hosts() -> None:
-    """Exit with one line if PGHOST or PGPORT can never be right. A wrong PGHOST may hold a password, so hide it."""
+    """Exit with one line if PGHOST is malformed, or has another number of hosts than PGPORT has ports.
+
+    A wrong PGHOST may hold a password, so it is not printed.
+    """
     hosts = postgres_hosts()
     ports = postgres_ports()
     if not all(map(is_host, hosts)):
@@ -176,20 +180,19 @@ READ = """
     SET LOCAL transaction_read_only = on;
     {statement}
 """
-# A write is two messages: this one, and COMMIT when it was answered. So a write that is delayed has no effect, and one
-# whose COMMIT is delayed keeps its rows locked: a newer date cannot be overwritten.
+# A write is two messages: this one, and after its answer COMMIT. A statement that arrives late is never committed. A
+# COMMIT that arrives late finds its rows still locked, so no newer date can have come between.
 WRITE = """
     BEGIN;
     SET LOCAL statement_timeout = %s;
     SET LOCAL lock_timeout = %s;
-    SET LOCAL idle_in_transaction_session_timeout = %s; -- so long Postgres waits for the COMMIT
+    SET LOCAL idle_in_transaction_session_timeout = %s; -- how long Postgres waits for the COMMIT
     SET LOCAL client_min_messages = warning; -- a warning of the COMMIT is a failure
     {statement}
 """
 COMMIT = "COMMIT"
 ROLLBACK = "ROLLBACK"
-# When the server was started, which tells servers apart; and how many commits have waited for a standby for longer than
-# some seconds.
+# The start time identifies the server. The count is of the role's commits that have waited for a standby for so long.
 ABOUT_SERVER = """
     SELECT pg_postmaster_start_time()::text,
         (SELECT count(*) FROM pg_stat_activity WHERE usename = current_user AND wait_event = 'SyncRep'
@@ -343,7 +346,7 @@ def parse_date_of_birth(document: dict[str, Any]) -> date:
 
 
 # --- Handlers and routing ---------------------------------------------------------------------------
-# find_date_of_birth and save_date_of_birth are the last section's: they share statements with other requests.
+# find_date_of_birth and save_date_of_birth are made in "Postgres: batches": requests share their statements.
 def get_hello(environ: WSGIEnvironment, username: str) -> Response:
     """Return the greeting with the days until the birthday: 200, 404."""
     born = find_date_of_birth(username)
@@ -443,9 +446,10 @@ def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iter
 # - 204: Postgres has committed the row, and the synchronous standby has it if there is one. After a warning of the
 #   COMMIT, or while earlier commits wait for the standby, it is 503.
 # - 503: what was not committed will not be. COMMIT is a message of its own, so a delayed statement has no effect. The
-#   503 after a lost COMMIT is held back until Postgres has ended the transaction.
-# - An older date never overwrites a newer acknowledged one: nothing that may have been committed is sent again, and a
-#   transaction without its COMMIT keeps its rows locked.
+#   503 after a lost COMMIT is held back until Postgres can no longer begin to commit. A commit that it has begun may
+#   still wait for the standby, and become visible later.
+# - A date that was answered never overwrites one that was acknowledged later: nothing that may have been committed is
+#   sent again, and a transaction without its COMMIT keeps its rows locked.
 
 
 class HostNotFound(psycopg2.OperationalError):
@@ -457,7 +461,7 @@ class LostConnection(psycopg2.OperationalError):
 
 
 class LostCommit(psycopg2.OperationalError):
-    """Postgres has not answered to COMMIT: whether it commits is open until a moment, in monotonic seconds."""
+    """Postgres has not answered to COMMIT. From a moment (monotonic seconds) on, it does not begin to commit."""
 
     def __init__(self, reason: str, final_at: float) -> None:
         super().__init__(reason)
@@ -476,7 +480,7 @@ class UnreadableRow(psycopg2.DataError):
     """The table holds a date that Python does not have."""
 
 
-# Each of these is answered with 503. Any other exception is a bug.
+# While serving, each of these is a 503. Any other exception is a bug.
 DATABASE_ERRORS = (psycopg2.Error, TimeoutError)
 # One row can cause these, and they undo the whole statement. ConnectionFailure: Citus lost the node of that row.
 ROW_ERRORS = (
@@ -495,13 +499,20 @@ LASTING_ERRORS = (
 
 
 def is_lost(error: psycopg2.Error) -> bool:
-    """Return whether an error ends its connection: libpq's have no SQLSTATE, PgBouncer's are FATAL and of class 08."""
+    """Return whether an error says that the connection is lost.
+
+    libpq's own errors have no SQLSTATE; PgBouncer's are FATAL and of class 08. After another FATAL error, is_open finds
+    that the connection is closed.
+    """
     if error.pgcode is None:
         return not isinstance(error, psycopg2.ProgrammingError)  # which is a mistake of the caller
     return error.pgcode.startswith("08") and error.diag.severity_nonlocalized == "FATAL"
 
 
 # --- Postgres: hosts --------------------------------------------------------------------------------
+LOOKUP_SECONDS = 0.002  # between two looks at lookups that have begun
+
+
 class Server(NamedTuple):
     """An address of a host in PGHOST; `hostaddr` is empty for a folder of sockets."""
 
@@ -552,7 +563,7 @@ def look_up(name: str) -> Lookup:
     return lookups[name]
 
 
-def known_servers(found: dict[str, Lookup]) -> list[Server]:
+def known_servers(lookups_by_name: dict[str, Lookup]) -> list[Server]:
     """Return the servers whose addresses are known, in the order of PGHOST."""
     hosts = postgres_hosts()
     ports = postgres_ports()
@@ -560,7 +571,7 @@ def known_servers(found: dict[str, Lookup]) -> list[Server]:
         ports = ports * len(hosts)
     servers = []
     for host, port in zip(hosts, ports, strict=True):
-        addresses = found[host].addresses if host in found else [""]
+        addresses = lookups_by_name[host].addresses if host in lookups_by_name else [""]
         servers += [Server(host, address, port) for address in addresses]
     return servers
 
@@ -568,22 +579,23 @@ def known_servers(found: dict[str, Lookup]) -> list[Server]:
 def find_servers(deadline: float) -> list[Server]:
     """Return the servers in PGHOST, those that failed last at the end; raise HostNotFound.
 
-    libpq's own lookup of names would block the process. Until half of the time it waits for all names, then for any.
+    libpq's own lookup of names would block the process. Until half of the time this waits for all names, then for any.
     The list is empty if libpq has nothing to look up.
     """
-    is_known_to_libpq = "PGHOSTADDR" in os.environ or not os.environ.get("PGHOST")
-    if is_known_to_libpq:
+    has_no_names = os.environ.get("PGHOSTADDR") or not os.environ.get("PGHOST")
+    if has_no_names:
         return []
     names = [host for host in postgres_hosts() if needs_lookup(host)]
     started = {name: look_up(name) for name in names}
     half_time = (monotonic() + deadline) / 2
-    for moment in (half_time, deadline):
-        for lookup in started.values():
-            lookup.done.wait(max(0, moment - monotonic()))
+    while True:
+        are_done = all(lookup.done.is_set() for lookup in started.values())
         servers = known_servers(started)
-        if servers:
+        if servers and (are_done or monotonic() > half_time):
             return sorted(servers, key=last_failure)
-    raise HostNotFound(f"PGHOST={','.join(names)} has no address")
+        if are_done or monotonic() > deadline:
+            raise HostNotFound(f"PGHOST={','.join(names)} has no address")
+        sleep(LOOKUP_SECONDS)
 
 
 # --- Postgres: connections --------------------------------------------------------------------------
@@ -597,7 +609,7 @@ class Connection:
         opened: when it began to be opened, in monotonic seconds.
         server_id: which server it leads to.
         waiting_commits: how many commits of the role waited for a standby when it was asked.
-        end_of_write: COMMIT, or ROLLBACK to try writes only.
+        end_of_write: COMMIT; the trial of init-db sets ROLLBACK.
     """
 
     def __init__(self, deadline: float) -> None:
@@ -612,7 +624,7 @@ class Connection:
 
     def ask_about_server(self, deadline: float) -> None:
         """Read `server_id` and `waiting_commits`."""
-        long = DATABASE_TIMEOUT / 2  # most requests have been given up that waited longer
+        long = DATABASE_TIMEOUT / 2  # a commit that has waited longer is stuck
         [row] = self.execute(ABOUT_SERVER, (long,), deadline)
         self.server_id, self.waiting_commits = row
 
@@ -624,7 +636,7 @@ class Connection:
                 self.wait_for_socket(state, deadline)
                 state = self.connection.poll()
         except psycopg2.Error:
-            raise  # Postgres has answered
+            raise  # psycopg2 knows the state of the connection
         except TimeoutError:
             self.abandon()  # now, because Postgres could still do it
             raise
@@ -648,7 +660,6 @@ class Connection:
         deadline: float,
     ) -> list[Row]:
         """Run a statement and return the rows of its last part; raise TimeoutError or psycopg2.Error."""
-        self.connection.notices.clear()
         try:
             with self.connection.cursor() as cursor:
                 cursor.execute(statement, parameters)
@@ -661,9 +672,14 @@ class Connection:
             raise LostConnection(str(error)) from None
 
     def warnings(self) -> list[str]:
-        """Return the warnings of the last statement."""
-        self.connection.poll()  # psycopg2 hands over the last one only now
+        """Return the warnings since the last call of forget_warnings."""
+        self.connection.poll()  # hands over those that came with the last result
         return list(self.connection.notices)
+
+    def forget_warnings(self) -> None:
+        """Drop the warnings of earlier statements."""
+        self.connection.poll()
+        self.connection.notices.clear()
 
     def is_open(self) -> bool:
         """Return whether neither side has closed the connection."""
@@ -728,26 +744,27 @@ def connect(deadline: float) -> Connection:
 class LastWrites:
     """Which server has committed the last write of this process.
 
-    After a failover, a connection to the old server may still answer, with old rows. So a connection to another server
-    than that of the writes is replaced if it was opened before the writes moved. One that was opened later may be right
-    if writes have moved again: it is replaced after a write that is DATABASE_TIMEOUT newer.
+    After a failover, the old server may still answer, with old rows. So a connection is replaced if it leads to another
+    server than the last write, and was opened before `replace_before`: the moment when writes changed the server, and
+    later always DATABASE_TIMEOUT before the last write.
     """
 
     def __init__(self) -> None:
         self.server_id = ""
-        self.since = 0.0  # monotonic seconds; connections to other servers that were opened before are replaced
+        self.replace_before = 0.0  # monotonic seconds
 
     def note(self, server_id: str) -> None:
         """Remember that a server has just committed a write."""
         now = monotonic()
         if server_id != self.server_id:
             self.server_id = server_id
-            self.since = now
-        self.since = max(self.since, now - DATABASE_TIMEOUT)
+            self.replace_before = now
+        self.replace_before = max(self.replace_before, now - DATABASE_TIMEOUT)
 
     def have_left(self, connection: Connection) -> bool:
         """Return whether a connection must be replaced."""
-        return connection.server_id != self.server_id and connection.opened < self.since
+        leads_elsewhere = connection.server_id != self.server_id
+        return leads_elsewhere and connection.opened < self.replace_before
 
 
 last_writes = LastWrites()
@@ -780,19 +797,21 @@ def write(
 ) -> list[Row]:
     """Run a statement that writes, at most once; return its rows when the commit is safe.
 
-    After an error it has no effect and will have none. The exceptions are UnconfirmedWrite, and LostCommit until its
-    `final_at` or until a commit that is under way has ended.
+    Any error means: it is not committed and never will be. Only two leave that open: UnconfirmedWrite (it is committed,
+    on this server alone) and LostCommit (it may be committed, or still be until `final_at`).
     """
     check_standby(connection, deadline)
-    patience = deadline - monotonic()
-    rows = begin_write(connection, statement, parameters, deadline, patience)
-    commit(connection, deadline, monotonic() + patience)
+    idle_limit = deadline - monotonic()
+    rows = begin_write(connection, statement, parameters, deadline, idle_limit)
+    # Postgres began to wait for the COMMIT before its answer arrived here, so it stops waiting before this moment.
+    final_at = monotonic() + idle_limit
+    commit(connection, deadline, final_at)
     last_writes.note(connection.server_id)
     return rows
 
 
 def check_standby(connection: Connection, deadline: float) -> None:
-    """Raise StandbyMissing if earlier writes wait for a standby, so that sessions that wait do not become more."""
+    """Raise StandbyMissing if earlier writes wait for a standby: a further one would leave one more stuck session."""
     if connection.waiting_commits:
         connection.ask_about_server(deadline)
     if connection.waiting_commits:
@@ -807,11 +826,11 @@ def begin_write(
     statement: str,
     parameters: Row,
     deadline: float,
-    patience: float,
+    idle_limit: float,
 ) -> list[Row]:
     """Run a statement in a transaction that Postgres ends if no COMMIT follows for some seconds; return its rows."""
     message = WRITE.format(statement=statement)
-    timeouts = [milliseconds(seconds) for seconds in (STATEMENT_TIMEOUT, LOCK_TIMEOUT, patience)]
+    timeouts = [milliseconds(seconds) for seconds in (STATEMENT_TIMEOUT, LOCK_TIMEOUT, idle_limit)]
     try:
         return connection.execute(message, (*timeouts, *parameters), deadline)
     except LostConnection:
@@ -826,15 +845,12 @@ def begin_write(
 
 def commit(connection: Connection, deadline: float, final_at: float) -> None:
     """Commit a write; raise LostCommit or UnconfirmedWrite."""
+    connection.forget_warnings()
     try:
         connection.execute(connection.end_of_write, None, deadline)
         warnings = connection.warnings()
-    except TimeoutError as error:
+    except (TimeoutError, psycopg2.OperationalError) as error:
         raise LostCommit(str(error), final_at) from None
-    except psycopg2.Error as error:
-        if is_lost(error):
-            raise LostCommit(str(error), final_at) from None
-        raise
     if warnings:
         connection.close()  # the next one asks how many commits wait
         raise UnconfirmedWrite("no synchronous standby has confirmed a write")
@@ -861,6 +877,10 @@ def save(connection: Connection, dates: ByUser, deadline: float) -> ByUser:
 
 
 # --- Postgres: batches ------------------------------------------------------------------------------
+YIELD_SECONDS = 1e-6  # other threads and greenlets run
+KEEP_OPEN_SECONDS = 5.0  # between two looks at idle connections
+
+
 class PoolTimeout(Exception):
     """No connection of a pool has become idle in time."""
 
@@ -968,7 +988,9 @@ class Batcher:
 
     def __call__(self, username: str, value: Any = None) -> Any:
         """Return the operation's result for a user; raise Unavailable."""
-        batch = self.join(username, value)
+        batch, leads = self.join(username, value)
+        if leads:
+            self.lead(batch)
         batch.done.wait()
         if username in batch.results:
             return batch.results[username]
@@ -978,22 +1000,19 @@ class Batcher:
             sleep(max(0, batch.final_at - monotonic()))
         raise Unavailable
 
-    def join(self, username: str, value: Any) -> Batch:
-        """Join the batch that waits, or begin and lead one; return it."""
+    def join(self, username: str, value: Any) -> tuple[Batch, bool]:
+        """Join the batch that waits, or begin one; return it, and whether this request leads it."""
         with self.lock:
             batch = self.open_batch()
             batch.rows[username] = value  # of several requests for a user, the last one counts
             batch.requests += 1
-            leads = batch.requests == 1
-        if leads:
-            self.lead(batch)
-        return batch
+            return batch, batch.requests == 1
 
     def open_batch(self) -> Batch:
         """Return the batch that a request joins."""
         if self.waiting:
             last = self.waiting[-1]
-            # All of a batch give up when its first request has waited for QUEUE_TIMEOUT.
+            # Nobody joins an old batch: it gives up QUEUE_TIMEOUT after its first request.
             is_young = monotonic() - last.began < QUEUE_TIMEOUT / 10
             if is_young and last.requests < BATCH_SIZE:
                 return last
@@ -1018,13 +1037,16 @@ class Batcher:
             with self.pool.slot(QUEUE_TIMEOUT) as slot:
                 self.close_batch(batch)
                 self.run(slot, batch)
-                batch.done.set()
+                batch.done.set()  # nobody waits for the pause
                 self.let_others_join()
         except PoolTimeout:
             return  # without results
         except Exception as error:
             batch.bug = error
-        finally:  # also if the WSGI server kills this request
+        except BaseException:  # the WSGI server kills this request, perhaps during a COMMIT
+            batch.final_at = monotonic() + DATABASE_TIMEOUT
+            raise
+        finally:
             self.close_batch(batch)
             batch.done.set()
 
@@ -1071,16 +1093,14 @@ class Batcher:
             connection = slot.ready(deadline)
             results = self.operation(connection, rows, deadline)
         except DATABASE_ERRORS as error:
-            self.observe(self.name, requests, monotonic() - start, error)
             if isinstance(error, LostCommit):
                 batch.final_at = error.final_at
+            self.observe(self.name, requests, monotonic() - start, error)
             raise
         batch.results.update(results)
         self.observe(self.name, requests, monotonic() - start, None)
 
 
-YIELD_SECONDS = 1e-6  # other threads and greenlets run
-KEEP_OPEN_SECONDS = 5.0  # between two looks at idle connections
 READ_POOL = Pool("read", DATABASE_CONNECTIONS)
 WRITE_POOL = Pool("write", DATABASE_CONNECTIONS)
 find_date_of_birth = Batcher(find, READ_POOL)
@@ -1098,6 +1118,8 @@ def keep_connected() -> NoReturn:
                 pool.keep_open()
             except (PoolTimeout, *DATABASE_ERRORS):
                 continue  # the requests say so
+            except Exception as error:
+                log_bug(error)
         sleep(KEEP_OPEN_SECONDS)
 
 

@@ -117,12 +117,12 @@ def test_put_whose_reply_is_lost_is_503_and_is_not_sent_again(
 
 
 @contextlib.contextmanager
-def counted_writes(table: Database) -> Iterator[Callable[[], int]]:
+def counted_writes(table: Database, level: str = "NOTICE") -> Iterator[Callable[[], int]]:
     """Count the rows that statements write to the table, and undo that afterwards."""
     table.query("CREATE SEQUENCE writes")
     table.query(
         "CREATE FUNCTION count_write() RETURNS trigger LANGUAGE plpgsql AS"
-        " $$BEGIN PERFORM nextval('writes'); RAISE NOTICE 'counted'; RETURN NEW; END$$"
+        f" $$BEGIN PERFORM nextval('writes'); RAISE {level} 'counted'; RETURN NEW; END$$"
     )
     table.query("CREATE TRIGGER count_write BEFORE INSERT ON users FOR EACH ROW EXECUTE FUNCTION count_write()")
     try:
@@ -299,8 +299,9 @@ def test_read_cannot_write(table: Database) -> None:
 # --- Messages of Postgres ---------------------------------------------------------------------------
 
 
-def test_notice_of_a_trigger_is_no_failure(app: TestApp, table: Database) -> None:
-    with counted_writes(table) as writes:
+@pytest.mark.parametrize("level", ["NOTICE", "WARNING"])
+def test_message_of_a_trigger_is_no_failure(app: TestApp, table: Database, level: str) -> None:
+    with counted_writes(table, level) as writes:
         assert put(app, "Zoe") == 204
         assert writes() == 1
     assert table.rows() == {"Zoe": date(1990, 5, 17)}
