@@ -32,7 +32,9 @@ def on_starting(server: Any) -> None:
 def pre_fork(server: Any, worker: Any) -> None:
     """Give the worker the lowest free number; it continues the metrics of the last worker with that number."""
     taken = {other.number for other in server.WORKERS.values()}
-    worker.number = next(number for number in range(1, len(taken) + 2) if number not in taken)
+    worker.number = 1
+    while worker.number in taken:
+        worker.number += 1
 
 
 def post_worker_init(worker: Any) -> None:

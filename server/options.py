@@ -61,12 +61,11 @@ def check_addresses(addresses: Iterable[Any], *, reuse_port: bool = False) -> No
         addresses: pairs of a host and a port; others, which are not of TCP, are not checked.
         reuse_port: whether other sockets may share the port.
     """
-    ports = {address: name for name, address in settings.addresses().items()}
-    for address in addresses:
-        if isinstance(address, tuple) and (reason := refusal(*address, reuse_port=reuse_port)):
-            port = ports.get(address)
-            names = f"{port.replace('PORT', 'HOST')} or {port}" if port else "--bind"
-            sys.exit(f"cannot listen on {address[0]} port {address[1]} ({reason}): set another {names}")
+    names = {address: f"{name.replace('PORT', 'HOST')} or {name}" for name, address in settings.addresses().items()}
+    for host, port in [address for address in addresses if isinstance(address, tuple)]:
+        if reason := refusal(host, port, reuse_port=reuse_port):
+            name = names.get((host, port), "--bind")
+            sys.exit(f"cannot listen on {host} port {port} ({reason}): set another {name}")
 
 
 def refusal(host: str, port: int, *, reuse_port: bool) -> str:

@@ -103,6 +103,10 @@ class Headers(list[tuple[bytes, bytes]]):
         """Add a header (a callback of httptools)."""
         self.append((name, value))
 
+    def longest(self) -> int:
+        """Return the bytes of the longest one."""
+        return max(len(name) + len(value) for name, value in self)
+
 
 def parse_headers(head: bytes) -> Headers:
     """Return the headers of a whole head."""
@@ -117,7 +121,7 @@ def parse_headers(head: bytes) -> Headers:
         raise ProtocolError(*BAD_HEAD) from None
     if len(headers) > MAX_HEADERS:
         raise ProtocolError(*LONG_HEAD)
-    if len(head) > MAX_HEADER_BYTES and any(len(name) + len(value) > MAX_HEADER_BYTES for name, value in headers):
+    if len(head) > MAX_HEADER_BYTES and headers.longest() > MAX_HEADER_BYTES:
         raise ProtocolError(*LONG_HEAD)
     return headers
 
@@ -168,7 +172,8 @@ def split_target(target: str, environ: WSGIEnvironment) -> tuple[str, str]:
 
 def list_elements(text: str) -> list[str]:
     """Return the elements of a header that is a list, in lower case; empty ones do not count."""
-    return [element for part in text.split(",") if (element := part.strip(" \t").lower())]
+    elements = [part.strip(" \t") for part in text.lower().split(",")]
+    return [element for element in elements if element]
 
 
 def is_last_request(environ: WSGIEnvironment) -> bool:
@@ -261,7 +266,9 @@ class ChunkReader:
         """
         while data and not self.content.is_complete:
             found = (self.tail + data).find(BLANK_LINE)
-            end = len(data) if found < 0 else found + len(BLANK_LINE) - len(self.tail)
+            end = len(data)
+            if found >= 0:
+                end = found + len(BLANK_LINE) - len(self.tail)
             part, data = data[:end], data[end:]
             self.tail = (self.tail + part)[-3:]
             try:
@@ -270,6 +277,8 @@ class ChunkReader:
                 raise ProtocolError(*BAD_CONTENT) from None
         return data
 
+
+Reader = FixedReader | ChunkReader
 
 # --- Requests ---------------------------------------------------------------------------------------
 
@@ -292,7 +301,7 @@ class Request:
         self.received = 0  # bytes
         self.head = b""  # what has arrived of it; nothing once it is in the environ
         self.environ: WSGIEnvironment | None = None
-        self.reader: FixedReader | ChunkReader | None = None  # while content is read
+        self.reader: Reader | None = None  # while content is read
         self.is_complete = False
         self.is_last = False
         self.awaits_continue = False
@@ -377,7 +386,7 @@ class Request:
             self.is_complete = True
         self.environ = environ
 
-    def read_content(self, environ: WSGIEnvironment, reader: FixedReader | ChunkReader, data: bytes) -> bytes:
+    def read_content(self, environ: WSGIEnvironment, reader: Reader, data: bytes) -> bytes:
         """Take bytes of the content; return those behind it."""
         rest = reader.feed(data)
         content = reader.content

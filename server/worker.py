@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 READ = 1  # the event of gevent's watchers
 RECEIVE_BYTES = 8192
+DRAIN_BYTES = 65536
 DRAIN_SECONDS = 1  # a connection that is being closed is read for this long
 # A stopping worker keeps idle connections for this long, because a request may be on its way, and accepts further ones,
 # because the workers that replace it after SIGHUP are not ready at once.
@@ -51,7 +52,8 @@ TRIM_SECONDS = 5  # between two times that freed memory goes back to the system
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGQUIT, signal.SIGINT}
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
-Headers = list[tuple[str, str]]
+ResponseHeaders = list[tuple[str, str]]
+Write = Callable[[bytes], object]
 
 
 class Phase(Enum):
@@ -172,7 +174,7 @@ class ClientConnection:
         with suppress(OSError):  # the client went away
             self.socket.shutdown(socket.SHUT_RDWR if self.phase is SEND else socket.SHUT_RD)
 
-    def start_response(self, status: str, headers: Headers, exc_info: object = None) -> Callable[[bytes], object]:
+    def start_response(self, status: str, headers: ResponseHeaders, exc_info: object = None) -> Write:
         """Keep the head of the response to the request that is being answered (PEP 3333)."""
         self.status, self.headers = status, headers
         return write
@@ -180,7 +182,8 @@ class ClientConnection:
     def answer(self) -> bool:
         """Answer the request; return whether another may follow."""
         self.enter(APPLICATION, math.inf)
-        content = b"".join(self.worker.wsgi(self.request.environ, self.start_response))
+        environ = self.request.environ
+        content = b"".join(self.worker.wsgi(environ, self.start_response))
         # The worker may have been told to stop meanwhile. What has arrived by then is answered too.
         is_last = self.request.is_last or not (self.worker.alive or self.has_more())
         self.respond(self.status, self.headers, content, is_last=is_last)
@@ -204,12 +207,15 @@ class ClientConnection:
         if method == "HEAD":
             content = b""
         if telemetry := self.worker.telemetry:
-            headers.append(("X-Request-Id", telemetry.protocol_error(method, error.status.value, len(content))))
-        self.respond(f"{error.status.value} {error.status.phrase}", headers, content, is_last=True)
+            request_id = telemetry.protocol_error(method, error.status.value, len(content))
+            headers.append(("X-Request-Id", request_id))
+        status = f"{error.status.value} {error.status.phrase}"
+        self.respond(status, headers, content, is_last=True)
 
-    def respond(self, status: str, headers: Headers, content: bytes, *, is_last: bool) -> None:
+    def respond(self, status: str, headers: ResponseHeaders, content: bytes, *, is_last: bool) -> None:
         """Send a response, head and content together."""
-        lines = [response_start(status, int(time()), is_last), *map(": ".join, headers), "", ""]
+        start = response_start(status, int(time()), is_last)
+        lines = [start, *map(": ".join, headers), "", ""]
         self.send("\r\n".join(lines).encode("latin-1") + content)
 
     def send(self, data: bytes) -> None:
@@ -223,8 +229,10 @@ class ClientConnection:
         self.socket.shutdown(socket.SHUT_WR)
         self.enter(CLOSE, DRAIN_SECONDS)
         end = self.since + DRAIN_SECONDS
-        while ((data := self.socket.recv(65536)) or self.is_late) and monotonic() < end:
+        data = self.socket.recv(DRAIN_BYTES)
+        while (data or self.is_late) and monotonic() < end:
             gevent.sleep(DRAIN_SECONDS / 20)  # a client that sends without end must not keep the worker busy
+            data = self.socket.recv(DRAIN_BYTES)
         if data:  # without a reset, Linux lets a client that may not send at this moment wait for a minute
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
 
@@ -268,9 +276,11 @@ class Worker(ggevent.GeventWorker):
 
     def run(self) -> None:
         """Serve until told to stop; then answer what has arrived, for `graceful_timeout` seconds at most."""
-        listeners = [Listener(each, self.serve, spawn=Pool(self.worker_connections)) for each in self.sockets]
-        for listener in listeners:
+        listeners = []
+        for each in self.sockets:
+            listener = Listener(each, self.serve, spawn=Pool(self.worker_connections))
             listener.start()
+            listeners.append(listener)
         gevent.spawn(return_memory)
         while self.alive:
             self.sweep()
@@ -314,7 +324,9 @@ class Worker(ggevent.GeventWorker):
         Args:
             server: the server's address on it, a tuple, or a path for a Unix socket, which has neither host nor port.
         """
-        host, port = server[:2] if isinstance(server, tuple) else (settings.HOST, settings.PORT)
+        host, port = settings.HOST, settings.PORT
+        if isinstance(server, tuple):
+            host, port = server[:2]
         return {
             "SCRIPT_NAME": "",
             "SERVER_NAME": host,
