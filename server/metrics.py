@@ -111,7 +111,7 @@ def start_at_zero(user_route: str) -> None:
         DURATIONS.start(*labels)
     for status in ("400", "408", "413", "414", "417", "431", "501", "505"):
         REFUSED.labels(status)
-    for name in ("OperationalError", "QueryCanceled", "TimeoutError"):
+    for name in ("LockNotAvailable", "OperationalError", "QueryCanceled", "TimeoutError"):
         ERRORS.labels(name)
 
 

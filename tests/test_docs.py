@@ -268,7 +268,7 @@ def test_manifest_of_a_page_fits_the_schema() -> None:
 
 def test_warnings_of_the_runbook_are_those_of_an_outage(caplog: pytest.LogCaptureFixture) -> None:
     outage = telemetry.Outage()
-    outage.failure("find", TimeoutError("no answer within 3.0 s"), 10)
+    outage.failure("find", TimeoutError("Postgres does not answer in time"), 10)
     outage.unavailable = 45
     outage.success(22.3)
     (shown,) = blocks(RUNBOOK, "text")

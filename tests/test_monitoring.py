@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psycopg2.errors
 import pytest
 import yaml
 
+import hello
 from tests.support.monitored import MonitoredService
 from tests.support.network import LOOPBACK, free_port
 from tests.support.wait import wait_until
@@ -135,6 +137,12 @@ def test_every_alert_is_explained_in_the_runbook_and_tested(alert: dict[str, Any
     tests = yaml.safe_load((MONITORING / "rules_test.yml").read_text())["tests"]
     cases = [case for test in tests for case in test["alert_rule_test"] if case["alertname"] == alert["alert"]]
     assert {bool(case.get("exp_alerts")) for case in cases} == {True, False}
+
+
+@pytest.mark.parametrize("reason", re.findall(r"^  - `(.+?)`", (MONITORING / "runbook.md").read_text(), re.MULTILINE))
+def test_every_reason_of_the_runbook_can_be_logged(reason: str) -> None:
+    of_libpq = "connection to server ... failed"
+    assert reason == of_libpq or hasattr(psycopg2.errors, reason) or reason in Path(hello.__file__).read_text()
 
 
 @needs_prometheus

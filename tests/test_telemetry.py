@@ -322,14 +322,14 @@ def test_an_outage_is_counted_by_class_and_logged_as_two_warnings(tmp_path: Path
 def test_a_success_soon_after_a_failure_does_not_end_an_outage(caplog: pytest.LogCaptureFixture) -> None:
     outage = Outage()
     for now in (10, 10.5, 11):
-        outage.failure("save", TimeoutError("no answer within 3 s"), now)
+        outage.failure("save", TimeoutError("Postgres does not answer in time"), now)
         outage.success(now + 0.4)
-    assert caplog.messages == ["database: save failed: no answer within 3 s"]
+    assert caplog.messages == ["database: save failed: Postgres does not answer in time"]
 
 
 def test_an_outage_lasts_until_the_first_success_after_it(caplog: pytest.LogCaptureFixture) -> None:
     outage = Outage()
-    outage.failure("find", TimeoutError("no answer within 3 s"), 10)
+    outage.failure("find", TimeoutError("Postgres does not answer in time"), 10)
     for now in (14.5, 15.5):
         outage.success(now)
     assert caplog.messages[1:] == ["database: back after 4.5 s, 0 requests got 503"]
