@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -73,10 +74,15 @@ class MakeRun:
     def wait_serving(self, words: str = "curl http") -> str:
         """Wait until it says how to use the service, or other words; return its lines."""
         assert self.process.stdout is not None
-        while words not in self.output:
-            line = self.process.stdout.readline()
-            assert line, self.output
-            self.output += line
+        killer = threading.Timer(120, self.send, [signal.SIGKILL])  # a start that hangs fails
+        killer.start()
+        try:
+            while words not in self.output:
+                line = self.process.stdout.readline()
+                assert line, self.output
+                self.output += line
+        finally:
+            killer.cancel()
         return self.output
 
     def send(self, number: int) -> None:
