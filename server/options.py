@@ -63,18 +63,12 @@ def check_addresses(addresses: Iterable[Any], *, reuse_port: bool = False) -> No
     """
     names = {address: f"{name.replace('PORT', 'HOST')} or {name}" for name, address in settings.addresses().items()}
     for host, port in [address for address in addresses if isinstance(address, tuple)]:
-        if reason := refusal(host, port, reuse_port=reuse_port):
-            name = names.get((host, port), "--bind")
-            sys.exit(f"cannot listen on {host} port {port} ({reason}): set another {name}")
-
-
-def refusal(host: str, port: int, *, reuse_port: bool) -> str:
-    """Return why an address cannot be listened on; empty if it can."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(reuse_port))
-        try:
-            probe.bind((host, port))
-        except (OSError, OverflowError, UnicodeError) as error:
-            return getattr(error, "strerror", None) or str(error)
-    return ""
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(reuse_port))
+            try:
+                probe.bind((host, port))
+            except (OSError, OverflowError, UnicodeError) as error:
+                reason = getattr(error, "strerror", None) or error
+                name = names.get((host, port), "--bind")
+                sys.exit(f"cannot listen on {host} port {port} ({reason}): set another {name}")

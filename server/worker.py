@@ -21,7 +21,7 @@ import termios
 from collections.abc import Callable
 from contextlib import suppress
 from email.utils import formatdate
-from enum import Enum, auto
+from enum import Enum
 from functools import lru_cache
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -56,17 +56,8 @@ ResponseHeaders = list[tuple[str, str]]
 Write = Callable[[bytes], object]
 
 
-class Phase(Enum):
-    """What a connection does."""
-
-    IDLE = auto()  # it waits for the next request
-    HEAD = auto()  # it waits for the rest of a head
-    CONTENT = auto()  # it waits for the rest of the content
-    APPLICATION = auto()
-    SEND = auto()
-    CLOSE = auto()
-
-
+# What a connection does; in the first three phases it waits for its client.
+Phase = Enum("Phase", ["IDLE", "HEAD", "CONTENT", "APPLICATION", "SEND", "CLOSE"])
 IDLE, HEAD, CONTENT, APPLICATION, SEND, CLOSE = Phase
 
 

@@ -397,7 +397,7 @@ def test_request_with_two_faults_is_refused_and_the_one_before_it_is_complete(
         (b"GET /\n", 400),
         (b"GET /\r\n", 400),
         (b"GET / HTTP/2.0\r\n", 505),
-        (b"GET / HTTP/1.1\r\nHost: a\n\n", 400),
+        (b"GET / HTTP/1.1\nHost: a\n\n", 400),
         (b"SSH-2.0-OpenSSH_9.2\r\n", 400),
     ],
 )
