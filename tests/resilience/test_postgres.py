@@ -219,11 +219,17 @@ def test_server_without_a_free_connection_is_503_until_there_is_one(
 ) -> None:
     open_all_connections(service, database)
     database.query("CREATE ROLE other LOGIN")
-    database.disconnect_service()
     with contextlib.ExitStack() as others:
-        with contextlib.suppress(psycopg2.OperationalError):
-            while True:
-                others.enter_context(contextlib.closing(database.connect("other")))
+
+        def others_have_all() -> bool:
+            """Take every connection; the service may open one of its own again meanwhile."""
+            database.disconnect_service()
+            with contextlib.suppress(psycopg2.OperationalError):
+                while True:
+                    others.enter_context(contextlib.closing(database.connect("other")))
+            return database.connections(service.name) == 0
+
+        wait_until(others_have_all)
         with Load(service, database) as load:
             load.wait_for_answers(100, [503])
             refused = load.statuses
