@@ -600,6 +600,7 @@ def find_servers(deadline: float) -> list[Server]:
 
 # --- Postgres: connections --------------------------------------------------------------------------
 Row = tuple[Any, ...]
+SENT_AT_ONCE = 8192  # bytes; the buffer of a socket takes as much
 
 
 class Connection:
@@ -628,10 +629,14 @@ class Connection:
         [row] = self.execute(ABOUT_SERVER, (long,), deadline)
         self.server_id, self.waiting_commits = row
 
-    def wait(self, deadline: float) -> None:
-        """Wait until Postgres has done what it was told; after a TimeoutError the connection is closed."""
+    def wait(self, deadline: float, *, is_sent: bool = False) -> None:
+        """Wait until Postgres has done what it was told; after a TimeoutError the connection is closed.
+
+        If it is sent, wait before the first poll, which often finds the answer at once. Under gevent, other clients are
+        read while this waits, so that their requests can share the next statement.
+        """
         try:
-            state = self.connection.poll()
+            state = extensions.POLL_READ if is_sent else self.connection.poll()
             while state != extensions.POLL_OK:
                 self.wait_for_socket(state, deadline)
                 state = self.connection.poll()
@@ -663,7 +668,8 @@ class Connection:
         try:
             with self.connection.cursor() as cursor:
                 cursor.execute(statement, parameters)
-                self.wait(deadline)
+                is_sent = len(cursor.query) < SENT_AT_ONCE
+                self.wait(deadline, is_sent=is_sent)
                 return cursor.fetchall() if cursor.description else []
         except psycopg2.Error as error:
             if not is_lost(error):
