@@ -363,7 +363,7 @@ def test_data_of_version_1_move_as_the_page_says(image: dict[str, Any], clone: P
     old, new = System(clone, f"{PROJECT}-old"), System(clone, f"{PROJECT}-new")
     old.compose("up", "--detach", "--wait", "database")
     old.sql("CREATE TABLE kept AS SELECT 1 AS n")
-    page = (ROOT / "docs/containers.md").read_text().partition("## Data of version 1\n")[2]
+    page = (ROOT / "docs/containers.md").read_text().partition("## Upgrade from version 1\n")[2]
     commands = page.partition("```sh\n")[2].partition("```")[0]
     for shown, used in {"hello-birthday-greetings_": f"{new.project}_", " hello_": f" {old.project}_"}.items():
         commands = commands.replace(shown, used)
