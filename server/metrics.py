@@ -1,7 +1,7 @@
 """The metrics of hello, and /metrics.
 
-Each worker counts with ordinary metrics of prometheus_client. Once a second it leaves a snapshot of them in memory that
-all workers share. Prometheus asks any worker, which adds up the snapshots.
+Each worker counts for itself, with prometheus_client and faster histograms. Once a second it leaves a snapshot in
+memory that all workers share. Prometheus asks any worker, which adds up the snapshots.
 
 gunicorn's master imports this module before gevent patches the standard library in its workers. The memory is therefore
 the same in all of them, and the locks of the metrics are those of the operating system, which are faster.
