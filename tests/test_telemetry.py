@@ -274,6 +274,11 @@ def test_metrics_while_statements_wait_show_the_pool_and_the_requests_in_progres
         metrics = service.metrics()
         return metrics["database_pool_in_use"]["read",] > 0 and metrics["database_pool_waiting"]["find",] > 0
 
+    def is_idle() -> bool:
+        metrics = service.metrics()
+        names = "http_requests_in_progress", "database_pool_in_use", "database_pool_waiting"
+        return not any(value for name in names for value in metrics[name].values())
+
     def ask() -> None:
         while not done.is_set():
             service.ask("GET", "/hello/Zoe")
@@ -289,10 +294,7 @@ def test_metrics_while_statements_wait_show_the_pool_and_the_requests_in_progres
         done.set()
     for client in clients:
         client.join()
-    wait_until(lambda: service.metrics()["http_requests_in_progress"] == {(): 0})
-    metrics = service.metrics()
-    assert metrics["database_pool_in_use"] == {("read",): 0, ("write",): 0}
-    assert metrics["database_pool_waiting"] == {("find",): 0, ("save",): 0}
+    wait_until(is_idle)  # a worker that looks at its idle connections uses them for a moment
 
 
 def test_an_outage_is_counted_by_class_and_logged_as_two_warnings(tmp_path: Path) -> None:
