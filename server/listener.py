@@ -2,13 +2,19 @@
 
 import contextlib
 from os import close as close_at_once  # before gevent replaces it
+from typing import Any
 
 import gevent
 from gevent.server import StreamServer
 
 
+PAUSE_SECONDS = 0.0003  # between two turns of accepting
+
+
 class Listener(StreamServer):
     """A gevent server that shares new connections with the other workers, and closes without resetting any."""
+
+    is_paused = False
 
     @property
     def max_accept(self) -> int:  # type: ignore[override]
@@ -19,12 +25,30 @@ class Listener(StreamServer):
         """
         return 2 + len(self.pool or ()) // 8
 
+    def do_read(self) -> Any:
+        """Accept a connection, and leave those behind this turn to the other workers for a moment.
+
+        Without the pause, the worker that runs first accepts most of a burst.
+        """
+        arrival = super().do_read()
+        if arrival and not self.is_paused:
+            self.is_paused = True
+            self.stop_accepting()
+            gevent.spawn_later(PAUSE_SECONDS, self.accept_again)
+        return arrival
+
+    def accept_again(self) -> None:
+        """Begin the next turn."""
+        self.is_paused = False
+        if self.started:
+            self.start_accepting()
+
     def close(self) -> None:
         """Serve all connections in the accept queue, then close: closing a queue that is not empty resets them."""
         if self.started:
             self.stop_accepting()
             with contextlib.suppress(OSError):  # out of file descriptors
-                while arrival := self.do_read():
+                while arrival := super().do_read():
                     gevent.spawn(self.handle, *arrival)  # not in the pool, which may be full
             close_at_once(self.socket.detach())  # gevent closes later, and connections could arrive until then
         super().close()
