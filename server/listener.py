@@ -7,7 +7,6 @@ from typing import Any
 import gevent
 from gevent.server import StreamServer
 
-
 PAUSE_SECONDS = 0.0003  # between two turns of accepting
 
 

@@ -33,11 +33,17 @@ STOP_SECONDS = 1.0  # how long a process waits at its exit for its last lines to
 # --- Form -------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=8)  # under load, many lines share a millisecond
+@lru_cache(maxsize=2)
+def date_and_time(second: int) -> str:
+    """Return a second since 1970 as RFC 3339 in UTC, without the letter Z."""
+    return strftime("%Y-%m-%dT%H:%M:%S", gmtime(second))
+
+
+@lru_cache(maxsize=2)  # the requests of a statement end in the same millisecond
 def timestamp(milliseconds: int) -> str:
     """Return a time since 1970 as RFC 3339 in UTC."""
-    seconds, rest = divmod(milliseconds, 1000)
-    return f"{strftime('%Y-%m-%dT%H:%M:%S', gmtime(seconds))}.{rest:03d}Z"
+    second, rest = divmod(milliseconds, 1000)
+    return f"{date_and_time(second)}.{rest:03d}Z"
 
 
 def location(error: BaseException) -> str:
