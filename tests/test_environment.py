@@ -37,8 +37,8 @@ def checkout() -> Iterator[Path]:
     service_needs = ["server", "hello.py", "schema.sql", "gunicorn.conf.py", "openapi.yaml"]
     for name in make_needs + service_needs:
         subprocess.run(["cp", "-R", ROOT / name, folder / name], check=True)
-    for name in ("run", "bench"):
-        (folder / "requirements" / f"{name}.txt").write_text("")
+    for path in (folder / "requirements").iterdir():
+        path.write_text("")
     yield folder
     folder.chmod(0o755)
     shutil.rmtree(folder)
@@ -139,7 +139,7 @@ def test_clean_leaves_what_make_did_not_make(
 
 def test_targets_in_a_persons_folders_leave_their_files(checkout: Path, own: dict[str, str]) -> None:
     venv = link_venv(checkout / "linked")
-    shutil.copy(checkout / "requirements" / "run.txt", venv / "installed-run.txt")
+    (venv / "installed-run.txt").write_text("")
     settings = {"PORT": str(free_port()), "METRICS_PORT": "0"}
     command = ["make", "run", "DATA=stuff", "VENV=linked"]
     with subprocess.Popen(command, cwd=checkout, env=environment(**settings), stdout=subprocess.PIPE, text=True) as run:
@@ -229,9 +229,11 @@ def test_environment_is_made_again_for_another_version_only_if_asked(checkout: P
     assert not (venv / "earlier").exists()
 
 
-def test_new_requirements_are_installed(checkout: Path, venv: Path) -> None:
-    (checkout / "requirements" / "run.txt").write_text("# new\n")
-    os.utime(checkout / "requirements" / "run.txt", (0, 0))  # as an archive or `cp -p` leaves it
+@pytest.mark.parametrize("name", ["service.txt", "run.txt"])
+def test_new_requirements_are_installed(checkout: Path, venv: Path, name: str) -> None:
+    changed = checkout / "requirements" / name
+    changed.write_text("# new\n")
+    os.utime(changed, (0, 0))  # as an archive or `cp -p` leaves it
     assert "Installing requirements/run.txt into .venv" in make_environment(checkout).stdout
     assert make_environment(checkout).stdout == ""
     assert (venv / "earlier").exists()

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Bring the virtual environment VENV up to date with requirements/$1.txt: `make run-environment`.
-# In it, `.made-by-make` says that make may empty it, and `installed-NAME.txt` is a copy of what was installed last.
+# In it, `.made-by-make` says that make may empty it, and `installed-NAME.txt` has all files of requirements/ as they were then.
 set -eu
 mark=$VENV/.made-by-make
 requirements=requirements/$1.txt
@@ -48,11 +48,11 @@ if [ "$present" != "$wanted" ]; then
   touch "$mark"
   find "$VENV" -mindepth 1 -maxdepth 1 ! -name .made-by-make -exec rm -rf {} +
   "$python" -m venv "$VENV"
-elif cmp -s "$requirements" "$installed"; then
+elif cat requirements/*.txt | cmp -s - "$installed"; then
   exit
 fi
 echo "Installing $requirements into $VENV; the first time, this downloads packages ..."
 rm -f "$VENV"/installed-*.txt
 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r "$requirements"
-if [ "$1" = dev ]; then cp requirements/run.txt "$VENV/installed-run.txt"; fi
-cp "$requirements" "$installed"
+cat requirements/*.txt >"$installed"
+if [ "$1" = dev ]; then cp "$installed" "$VENV/installed-run.txt"; fi

@@ -34,8 +34,9 @@ def link_venv(folder: Path) -> Path:
     folder.mkdir()
     for name in ("bin", "lib", "pyvenv.cfg"):
         (folder / name).symlink_to(Path(sys.prefix) / name)
+    installed = "".join(path.read_text() for path in sorted((ROOT / "requirements").glob("*.txt")))
     for name in ("run", "dev"):
-        shutil.copy(ROOT / "requirements" / f"{name}.txt", folder / f"installed-{name}.txt")
+        (folder / f"installed-{name}.txt").write_text(installed)
     return folder
 
 
