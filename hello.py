@@ -57,7 +57,7 @@ class Setting(NamedTuple):
     maximum: float | None = None
 
 
-SETTINGS: dict[str, Setting] = {}
+SETTINGS: dict[str, Setting] = {}  # docs/configuration.md and .env.example are compared with it
 
 
 def number(
@@ -104,10 +104,10 @@ BATCH_SIZE = number("BATCH_SIZE", 100, "requests", 1, "Requests that may share o
 QUEUE_TIMEOUT = number("QUEUE_TIMEOUT", 1.5, "seconds", 0.001, "Time a request waits for a connection")
 CONNECT_TIMEOUT = number("CONNECT_TIMEOUT", 1.0, "seconds", 0.001, "Time an attempt to connect may take")
 STATEMENT_TIMEOUT = number("STATEMENT_TIMEOUT", 1.0, "seconds", 0.001, "Time Postgres may work on a statement")
-# 0.15 s is also how long a batch collects requests: a tenth of QUEUE_TIMEOUT (Batcher.open_batch). If writes waited
-# longer for a lock, the queue would grow behind a locked row.
+# At most JOIN_SECONDS: if writes waited longer for a lock, batches would queue behind a locked row.
 LOCK_TIMEOUT = number("LOCK_TIMEOUT", 0.15, "seconds", 0.001, "Time a write may wait for a lock of another transaction")
 DATABASE_TIMEOUT = number("DATABASE_TIMEOUT", 3.0, "seconds", 0.001, "Time for connecting and for a statement together")
+JOIN_SECONDS = QUEUE_TIMEOUT / 10  # others may join a batch for this time, so that its first request is not late
 INIT_TIMEOUT = number("INIT_TIMEOUT", 60.0, "seconds", 0.001, "Time `python hello.py init-db` waits for the database")
 
 MAX_CONTENT_BYTES = 4096
@@ -158,8 +158,8 @@ def check_hosts() -> None:
     ports = postgres_ports()
     if not all(map(is_host, hosts)):
         sys.exit("PGHOST must be one or more host names or addresses, with commas between them and no port or URL")
-    is_one_each = len(ports) in {1, len(hosts)}
-    if os.environ.get("PGHOST") and not is_one_each:
+    ports_fit = len(ports) in {1, len(hosts)}
+    if os.environ.get("PGHOST") and not ports_fit:
         sys.exit(f"PGPORT must be one port or as many as PGHOST has hosts: {len(hosts)}")
 
 
@@ -174,27 +174,31 @@ SAVE_DATES_OF_BIRTH = """
     INSERT INTO users (username, date_of_birth) VALUES {rows}
     ON CONFLICT (username) DO UPDATE SET date_of_birth = EXCLUDED.date_of_birth
 """
-# One message, which is one transaction. SET LOCAL leaves no setting in a session that PgBouncer shares.
+# Sent as one query string, which Postgres runs as one transaction. SET LOCAL ends with it: PgBouncer lends the session
+# to others.
 READ = """
     SET LOCAL statement_timeout = %s;
     SET LOCAL transaction_read_only = on;
     {statement}
 """
-# A write is two messages: this one, and after its answer COMMIT. A statement that arrives late is never committed. A
-# COMMIT that arrives late finds its rows still locked, so no newer date can have come between.
+# COMMIT is sent after Postgres has answered this, and only if the answer was in time. So a statement that reaches
+# Postgres late is never committed. Until the COMMIT arrives, or idle_in_transaction_session_timeout ends the
+# transaction, its rows are locked: nobody saves a newer date in between. client_min_messages lets the warnings of the
+# COMMIT through, which are failures.
 WRITE = """
     BEGIN;
     SET LOCAL statement_timeout = %s;
     SET LOCAL lock_timeout = %s;
-    SET LOCAL idle_in_transaction_session_timeout = %s; -- how long Postgres waits for the COMMIT
-    SET LOCAL client_min_messages = warning; -- a warning of the COMMIT is a failure
+    SET LOCAL idle_in_transaction_session_timeout = %s;
+    SET LOCAL client_min_messages = warning;
     {statement}
 """
 COMMIT = "COMMIT"
 ROLLBACK = "ROLLBACK"
-# The start time identifies the server. The count is of the role's commits that have waited for a standby for so long.
+# The start time identifies the server. The count is of the role's commits that have waited for a standby for more than
+# %s seconds.
 ABOUT_SERVER = """
-    SELECT pg_postmaster_start_time()::text,
+    SELECT extract(epoch FROM pg_postmaster_start_time())::text,
         (SELECT count(*) FROM pg_stat_activity WHERE usename = current_user AND wait_event = 'SyncRep'
             AND clock_timestamp() - query_start > %s * interval '1 second')
 """
@@ -223,6 +227,7 @@ def days_until_birthday(born: date, on: date) -> int:
 
 
 # --- Requests and responses -------------------------------------------------------------------------
+# "Or 400" in a docstring: it raises HTTPError(400).
 Header = tuple[str, str]
 
 
@@ -316,12 +321,17 @@ def read_content(environ: WSGIEnvironment) -> bytes:
     return content
 
 
+def refuse_constant(name: str) -> NoReturn:
+    """Raise ValueError for NaN and Infinity, which JSON does not have."""
+    raise ValueError(name)
+
+
 def parse_document(content: bytes) -> dict[str, Any]:
     """Return the JSON object in the content (RFC 8259); or 400."""
     if content.startswith(b"\xef\xbb\xbf"):
         raise HTTPError(400, f"The content must not begin with a byte order mark: send {EXAMPLE}.")
     try:
-        document = json.loads(content.decode(), parse_constant=int)  # int refuses NaN and Infinity
+        document = json.loads(content.decode(), parse_constant=refuse_constant)
     except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict):
@@ -346,7 +356,7 @@ def parse_date_of_birth(document: dict[str, Any]) -> date:
 
 
 # --- Handlers and routing ---------------------------------------------------------------------------
-# find_date_of_birth and save_date_of_birth are made in "Postgres: batches": requests share their statements.
+# find_date_of_birth and save_date_of_birth are defined below, after Batcher: requests share their statements.
 def get_hello(environ: WSGIEnvironment, username: str) -> Response:
     """Return the greeting with the days until the birthday: 200, 404."""
     born = find_date_of_birth(username)
@@ -370,7 +380,7 @@ def get_livez(environ: WSGIEnvironment) -> Response:
 
 
 def get_readyz(environ: WSGIEnvironment) -> Response:
-    """Return 200 if the database answers a lookup (of a name that no user has), else 503."""
+    """Return 200 if the database answers (about a name that no user has), else 503."""
     find_date_of_birth("")
     return message_response(200, "ready")
 
@@ -411,10 +421,11 @@ def route(environ: WSGIEnvironment) -> Response:
 
 
 def log_bug(error: Exception) -> None:
-    """Log where an exception was raised, and not its text, which may hold personal data."""
+    """Log the lines that led to an exception, and not its text, which may hold personal data."""
     kind = type(error).__name__
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    LOG.error("%s in %s, line %s", kind, place.filename, place.lineno)
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames]
+    LOG.error("%s at %s", kind, ", ".join(places))
 
 
 def respond(environ: WSGIEnvironment) -> Response:
@@ -445,15 +456,17 @@ def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iter
 # What a PUT is promised, and what keeps it:
 # - 204: Postgres has committed the row, and the synchronous standby has it if there is one. After a warning of the
 #   COMMIT, or while earlier commits wait for the standby, it is 503.
-# - 503: what was not committed will not be. COMMIT is a message of its own, so a delayed statement has no effect. The
-#   503 after a lost COMMIT is held back until Postgres can no longer begin to commit. A commit that it has begun may
-#   still wait for the standby, and become visible later.
-# - A date that was answered never overwrites one that was acknowledged later: nothing that may have been committed is
-#   sent again, and a transaction without its COMMIT keeps its rows locked.
+# - 503: what was not committed will not be, because no COMMIT follows. The 503 after a lost COMMIT is held back until
+#   Postgres can no longer begin to commit. A commit that it has begun may still wait for the standby, and become
+#   visible later.
+# - A PUT that got 503 never overwrites a later one that got 204: nothing that may have been committed is sent again,
+#   and a transaction without its COMMIT keeps its rows locked.
+#
+# The name of an error's class is its label in the metrics. Its base class decides which of the tuples below have it.
 
 
 class HostNotFound(psycopg2.OperationalError):
-    """No name server knows an address of a host in PGHOST, or none has answered in time."""
+    """No name server knows an address of a host in PGHOST."""
 
 
 class LostConnection(psycopg2.OperationalError):
@@ -501,20 +514,21 @@ LASTING_ERRORS = (
 def is_lost(error: psycopg2.Error) -> bool:
     """Return whether an error says that the connection is lost.
 
-    libpq's own errors have no SQLSTATE; PgBouncer's are FATAL and of class 08. After another FATAL error, is_open finds
-    that the connection is closed.
+    It is one of libpq, which has no SQLSTATE, or one of PgBouncer, which is FATAL and of class 08. After another FATAL
+    error, which is of Postgres, Connection.is_open finds that the connection is closed.
     """
     if error.pgcode is None:
-        return not isinstance(error, psycopg2.ProgrammingError)  # which is a mistake of the caller
+        return not isinstance(error, psycopg2.ProgrammingError)  # of psycopg2: a mistake in this module
     return error.pgcode.startswith("08") and error.diag.severity_nonlocalized == "FATAL"
 
 
 # --- Postgres: hosts --------------------------------------------------------------------------------
-LOOKUP_SECONDS = 0.002  # between two looks at lookups that have begun
+LOOKUP_INTERVAL = 0.002  # seconds between two looks at the lookups that have begun
+LOOKUP_LIFETIME = 5.0  # seconds; an attempt to connect uses what the name server has answered after the last attempt
 
 
-class Server(NamedTuple):
-    """An address of a host in PGHOST; `hostaddr` is empty for a folder of sockets."""
+class Address(NamedTuple):
+    """An address of a host in PGHOST; `hostaddr` is empty if libpq has nothing to look up."""
 
     host: str
     hostaddr: str
@@ -526,7 +540,8 @@ class Lookup:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.addresses: list[str] = []
+        self.hostaddrs: list[str] = []
+        self.ended = 0.0  # monotonic seconds
         self.done = threading.Event()
         threading.Thread(target=self.run, daemon=True).start()
 
@@ -534,73 +549,85 @@ class Lookup:
         """Look up the name."""
         try:
             entries = socket.getaddrinfo(self.name, None, type=socket.SOCK_STREAM)
-            addresses = [str(entry[4][0]) for entry in entries]
-            self.addresses = list(dict.fromkeys(addresses))
+            hostaddrs = [str(entry[4][0]) for entry in entries]
+            self.hostaddrs = list(dict.fromkeys(hostaddrs))
         except (OSError, UnicodeError):
             return  # there is no such name
         finally:
+            self.ended = monotonic()
             self.done.set()
+
+    def is_current(self) -> bool:
+        """Return whether it runs, or has just found the name."""
+        if not self.done.is_set():
+            return True
+        return bool(self.hostaddrs) and monotonic() - self.ended < LOOKUP_LIFETIME
 
 
 lookups: dict[str, Lookup] = {}  # the last one of each name
-failed_at: dict[Server, float] = {}  # monotonic seconds
+failed_at: dict[Address, float] = {}  # monotonic seconds
 
 
-def last_failure(server: Server) -> float:
-    """Return when a server has failed, in monotonic seconds; 0 if it has not."""
-    return failed_at.get(server, 0)
+def last_failure(address: Address) -> float:
+    """Return when an address has failed, in monotonic seconds; 0 if it has not."""
+    return failed_at.get(address, 0)
 
 
 def needs_lookup(host: str) -> bool:
-    """Return whether a host is a name or an address, and not a folder of sockets."""
-    return bool(host) and not host.startswith(("/", "@"))
+    """Return whether a host may be a name, and is no folder of sockets and no IPv6 address."""
+    return bool(host) and not host.startswith(("/", "@")) and ":" not in host
 
 
 def look_up(name: str) -> Lookup:
-    """Begin the lookup of a name, or return the one that has not ended."""
-    if name not in lookups or lookups[name].done.is_set():
+    """Begin the lookup of a name, or return one that is current."""
+    if name not in lookups or not lookups[name].is_current():
         lookups[name] = Lookup(name)
     return lookups[name]
 
 
-def known_servers(lookups_by_name: dict[str, Lookup]) -> list[Server]:
-    """Return the servers whose addresses are known, in the order of PGHOST."""
+def known_addresses(lookup_of: dict[str, Lookup]) -> list[Address]:
+    """Return the addresses that are known, in the order of PGHOST."""
     hosts = postgres_hosts()
     ports = postgres_ports()
     if len(ports) == 1:
         ports = ports * len(hosts)
-    servers = []
+    addresses = []
     for host, port in zip(hosts, ports, strict=True):
-        addresses = lookups_by_name[host].addresses if host in lookups_by_name else [""]
-        servers += [Server(host, address, port) for address in addresses]
-    return servers
+        hostaddrs = lookup_of[host].hostaddrs if host in lookup_of else [""]
+        addresses += [Address(host, hostaddr, port) for hostaddr in hostaddrs]
+    return addresses
 
 
-def find_servers(deadline: float) -> list[Server]:
-    """Return the servers in PGHOST, those that failed last at the end; raise HostNotFound.
+def find_addresses(deadline: float) -> list[Address]:
+    """Return the addresses of the hosts in PGHOST, those that failed last at the end.
 
-    libpq's own lookup of names would block the process. Until half of the time this waits for all names, then for any.
-    The list is empty if libpq has nothing to look up.
+    The list is empty without PGHOST, and with PGHOSTADDR, which replaces it. libpq's own lookup of a name would block
+    the process.
+
+    Raises:
+        HostNotFound: no host has an address.
+        TimeoutError: no name server has answered in time.
     """
-    has_no_names = os.environ.get("PGHOSTADDR") or not os.environ.get("PGHOST")
-    if has_no_names:
+    if os.environ.get("PGHOSTADDR") or not os.environ.get("PGHOST"):
         return []
     names = [host for host in postgres_hosts() if needs_lookup(host)]
-    started = {name: look_up(name) for name in names}
-    half_time = (monotonic() + deadline) / 2
+    lookup_of = {name: look_up(name) for name in names}
+    half_time = (monotonic() + deadline) / 2  # then a name without an answer does not hold up the others
     while True:
-        are_done = all(lookup.done.is_set() for lookup in started.values())
-        servers = known_servers(started)
-        if servers and (are_done or monotonic() > half_time):
-            return sorted(servers, key=last_failure)
-        if are_done or monotonic() > deadline:
+        are_done = all(lookup.done.is_set() for lookup in lookup_of.values())
+        addresses = known_addresses(lookup_of)
+        if addresses and (are_done or monotonic() > half_time):
+            return sorted(addresses, key=last_failure)
+        if are_done:
             raise HostNotFound(f"PGHOST={','.join(names)} has no address")
-        sleep(LOOKUP_SECONDS)
+        if monotonic() > deadline:
+            raise TimeoutError("no name server answers in time")
+        sleep(LOOKUP_INTERVAL)
 
 
 # --- Postgres: connections --------------------------------------------------------------------------
 Row = tuple[Any, ...]
-SENT_AT_ONCE = 8192  # bytes; the buffer of a socket takes as much
+SENT_AT_ONCE = 8192  # bytes; a shorter statement fits into the empty buffer of the socket
 
 
 class Connection:
@@ -609,41 +636,42 @@ class Connection:
     Attributes:
         opened: when it began to be opened, in monotonic seconds.
         server_id: which server it leads to.
-        waiting_commits: how many commits of the role waited for a standby when it was asked.
+        stuck_commits: how many commits of the role had waited too long for a standby when it was asked.
         end_of_write: COMMIT; the trial of init-db sets ROLLBACK.
     """
 
     def __init__(self, deadline: float) -> None:
         """Connect with libpq's settings; raise TimeoutError or psycopg2.Error."""
-        self.servers = find_servers(deadline)
+        self.addresses = find_addresses(deadline)
         self.opened = monotonic()
         self.end_of_write = COMMIT
-        options = connection_options(self.servers)
-        self.connection = psycopg2.connect("", async_=True, **options)
+        options = connection_options(self.addresses)
+        self.psycopg = psycopg2.connect("", async_=True, **options)
         self.wait(deadline)
         self.ask_about_server(deadline)
 
     def ask_about_server(self, deadline: float) -> None:
-        """Read `server_id` and `waiting_commits`."""
-        long = DATABASE_TIMEOUT / 2  # a commit that has waited longer is stuck
-        [row] = self.execute(ABOUT_SERVER, (long,), deadline)
-        self.server_id, self.waiting_commits = row
+        """Read `server_id` and `stuck_commits`."""
+        stuck_after = DATABASE_TIMEOUT / 2
+        [row] = self.execute(ABOUT_SERVER, deadline, (stuck_after,))
+        self.server_id, self.stuck_commits = row
 
     def wait(self, deadline: float, *, is_sent: bool = False) -> None:
-        """Wait until Postgres has done what it was told; after a TimeoutError the connection is closed.
+        """Wait until Postgres has answered; after a TimeoutError the connection is closed.
 
-        If it is sent, wait before the first poll, which often finds the answer at once. Under gevent, other clients are
-        read while this waits, so that their requests can share the next statement.
+        Args:
+            is_sent: the statement has left. Then this waits for the socket before the first poll, which could find the
+                answer at once: while it waits, gevent reads other clients, whose requests share the next statement.
         """
         try:
-            state = extensions.POLL_READ if is_sent else self.connection.poll()
+            state = extensions.POLL_READ if is_sent else self.psycopg.poll()
             while state != extensions.POLL_OK:
                 self.wait_for_socket(state, deadline)
-                state = self.connection.poll()
+                state = self.psycopg.poll()
         except psycopg2.Error:
             raise  # psycopg2 knows the state of the connection
         except TimeoutError:
-            self.abandon()  # now, because Postgres could still do it
+            self.abandon()  # at once: an open connection could still deliver the statement
             raise
         except BaseException:  # the WSGI server kills this request
             self.close()
@@ -653,7 +681,7 @@ class Connection:
         """Wait until the socket is as psycopg2 needs it; raise TimeoutError at the deadline."""
         events = select.POLLIN if state == extensions.POLL_READ else select.POLLOUT
         poller = select.poll()
-        poller.register(self.connection, events)
+        poller.register(self.psycopg, events)
         seconds = max(0, deadline - monotonic())
         if not poller.poll(seconds * 1000):
             raise TimeoutError("Postgres does not answer in time")
@@ -661,12 +689,12 @@ class Connection:
     def execute(
         self,
         statement: str,
-        parameters: Row | None,
         deadline: float,
+        parameters: Row | None = None,
     ) -> list[Row]:
         """Run a statement and return the rows of its last part; raise TimeoutError or psycopg2.Error."""
         try:
-            with self.connection.cursor() as cursor:
+            with self.psycopg.cursor() as cursor:
                 cursor.execute(statement, parameters)
                 is_sent = len(cursor.query) < SENT_AT_ONCE
                 self.wait(deadline, is_sent=is_sent)
@@ -677,53 +705,49 @@ class Connection:
             self.close()
             raise LostConnection(str(error)) from None
 
-    def warnings(self) -> list[str]:
-        """Return the warnings since the last call of forget_warnings."""
-        self.connection.poll()  # hands over those that came with the last result
-        return list(self.connection.notices)
-
-    def forget_warnings(self) -> None:
-        """Drop the warnings of earlier statements."""
-        self.connection.poll()
-        self.connection.notices.clear()
+    def take_warnings(self) -> list[str]:
+        """Return the warnings that have come since the last call."""
+        self.psycopg.poll()  # hands over those that came with the last result
+        warnings = list(self.psycopg.notices)
+        self.psycopg.notices.clear()
+        return warnings
 
     def is_open(self) -> bool:
         """Return whether neither side has closed the connection."""
         try:
-            self.connection.poll()  # the server may have sent why it closes the connection
-            self.connection.poll()  # the end of what it sent is an error
+            self.psycopg.poll()  # the server may have sent why it closes the connection
+            self.psycopg.poll()  # the end of what it sent is an error
         except psycopg2.Error:
             return False
         return True
 
     def close(self) -> None:
         """Close the connection."""
-        self.connection.close()
+        self.psycopg.close()
 
     def abandon(self) -> None:
-        """Close the connection; later attempts to connect try its server last."""
-        info = self.connection.info
-        place = (info.host, str(info.port))
+        """Close the connection; find_addresses puts its address last from now on."""
+        info = self.psycopg.info
+        host_and_port = (info.host, str(info.port))
         self.close()
-        for server in self.servers:
-            if (server.host, server.port or DEFAULT_PORT) == place:
-                failed_at[server] = monotonic()
-                return  # libpq does not tell which of a host's addresses it was
+        for address in self.addresses:
+            if (address.host, address.port or DEFAULT_PORT) == host_and_port:
+                failed_at[address] = monotonic()
+                return  # psycopg2 does not tell which address of a host it was; the next time, it is another one
 
 
-def connection_options(servers: list[Server]) -> dict[str, Any]:
+def connection_options(addresses: list[Address]) -> dict[str, Any]:
     """Return what libpq is given beside its own variables."""
     options: dict[str, Any] = {
         "fallback_application_name": "hello",
         "client_encoding": "UTF8",
         "tcp_user_timeout": milliseconds(CONNECT_TIMEOUT),
     }
-    if servers:
-        names, addresses, ports = zip(*servers, strict=True)
-        options["host"] = ",".join(names)
-        options["hostaddr"] = ",".join(addresses)
-        options["port"] = ",".join(ports)
-    hosts = os.environ.get("PGHOSTADDR") or ",".join(postgres_hosts())
+    if addresses:
+        options["host"] = ",".join([address.host for address in addresses])
+        options["hostaddr"] = ",".join([address.hostaddr for address in addresses])
+        options["port"] = ",".join([address.port for address in addresses])
+    hosts = os.environ.get("PGHOSTADDR") or os.environ.get("PGHOST", "")
     if "," in hosts and not os.environ.get("PGTARGETSESSIONATTRS"):
         options["target_session_attrs"] = "read-write"
     return options
@@ -735,9 +759,10 @@ def milliseconds(seconds: float) -> int:
 
 
 def connect(deadline: float) -> Connection:
-    """Open a connection; if a server does not answer, try again with the next one while there is time for it.
+    """Open a connection; after a TimeoutError try again while there is time.
 
-    libpq itself tries the next one after a server that refuses.
+    The address that did not answer then comes last (Connection.abandon). After one that refuses, libpq itself tries the
+    next one.
     """
     while True:
         try:
@@ -748,29 +773,29 @@ def connect(deadline: float) -> Connection:
 
 
 class LastWrites:
-    """Which server has committed the last write of this process.
+    """Tells which connections may lead to an old server, which still answers after a failover, with old rows.
 
-    After a failover, the old server may still answer, with old rows. So a connection is replaced if it leads to another
-    server than the last write, and was opened before `replace_before`: the moment when writes changed the server, and
-    later always DATABASE_TIMEOUT before the last write.
+    A connection to another server than that of the last write must be replaced if it was opened
+    - before this process first wrote to that server, or
+    - more than DATABASE_TIMEOUT before the last write: a younger one may lead to a newer server still.
     """
 
     def __init__(self) -> None:
         self.server_id = ""
-        self.replace_before = 0.0  # monotonic seconds
+        self.replace_if_opened_before = 0.0  # monotonic seconds
 
     def note(self, server_id: str) -> None:
         """Remember that a server has just committed a write."""
         now = monotonic()
         if server_id != self.server_id:
             self.server_id = server_id
-            self.replace_before = now
-        self.replace_before = max(self.replace_before, now - DATABASE_TIMEOUT)
+            self.replace_if_opened_before = now
+        self.replace_if_opened_before = max(self.replace_if_opened_before, now - DATABASE_TIMEOUT)
 
-    def have_left(self, connection: Connection) -> bool:
-        """Return whether a connection must be replaced."""
+    def must_replace(self, connection: Connection) -> bool:
+        """Return whether a connection may lead to an old server."""
         leads_elsewhere = connection.server_id != self.server_id
-        return leads_elsewhere and connection.opened < self.replace_before
+        return leads_elsewhere and connection.opened < self.replace_if_opened_before
 
 
 last_writes = LastWrites()
@@ -787,10 +812,10 @@ def read(
     deadline: float,
 ) -> list[Row]:
     """Run a statement that only reads, and return its rows; one that writes is an error."""
-    message = READ.format(statement=statement)
+    read_only = READ.format(statement=statement)
     values = (milliseconds(STATEMENT_TIMEOUT), *parameters)
     try:
-        return connection.execute(message, values, deadline)
+        return connection.execute(read_only, deadline, values)
     except ValueError:  # psycopg2's, of a year that Python does not have
         raise UnreadableRow("a date is not from 0001 to 9999") from None
 
@@ -803,13 +828,13 @@ def write(
 ) -> list[Row]:
     """Run a statement that writes, at most once; return its rows when the commit is safe.
 
-    Any error means: it is not committed and never will be. Only two leave that open: UnconfirmedWrite (it is committed,
-    on this server alone) and LostCommit (it may be committed, or still be until `final_at`).
+    After UnconfirmedWrite it is committed, on this server alone. After LostCommit it may be committed, or be until
+    `final_at`. After any other error it is not committed, and never will be.
     """
     check_standby(connection, deadline)
     idle_limit = deadline - monotonic()
     rows = begin_write(connection, statement, parameters, deadline, idle_limit)
-    # Postgres began to wait for the COMMIT before its answer arrived here, so it stops waiting before this moment.
+    # Postgres began to wait for the COMMIT when it sent its answer, which was before now: then it waits no more.
     final_at = monotonic() + idle_limit
     commit(connection, deadline, final_at)
     last_writes.note(connection.server_id)
@@ -818,9 +843,9 @@ def write(
 
 def check_standby(connection: Connection, deadline: float) -> None:
     """Raise StandbyMissing if earlier writes wait for a standby: a further one would leave one more stuck session."""
-    if connection.waiting_commits:
+    if connection.stuck_commits:
         connection.ask_about_server(deadline)
-    if connection.waiting_commits:
+    if connection.stuck_commits:
         connection.abandon()  # perhaps another server has been promoted
         pause = min(CONNECT_TIMEOUT, deadline - monotonic())
         sleep(max(0, pause))  # each attempt costs a connection
@@ -835,40 +860,47 @@ def begin_write(
     idle_limit: float,
 ) -> list[Row]:
     """Run a statement in a transaction that Postgres ends if no COMMIT follows for some seconds; return its rows."""
-    message = WRITE.format(statement=statement)
+    begun = WRITE.format(statement=statement)
     timeouts = [milliseconds(seconds) for seconds in (STATEMENT_TIMEOUT, LOCK_TIMEOUT, idle_limit)]
     try:
-        return connection.execute(message, (*timeouts, *parameters), deadline)
+        return connection.execute(begun, deadline, (*timeouts, *parameters))
     except LostConnection:
         raise
-    except errors.ReadOnlySqlTransaction:
+    except errors.ReadOnlySqlTransaction:  # a failover has made the server a standby
         connection.abandon()
         raise
     except psycopg2.Error:
-        connection.execute(ROLLBACK, None, deadline)
+        connection.execute(ROLLBACK, deadline)  # the transaction has begun
         raise
 
 
 def commit(connection: Connection, deadline: float, final_at: float) -> None:
-    """Commit a write; raise LostCommit or UnconfirmedWrite."""
-    connection.forget_warnings()
+    """Commit a write; raise LostCommit, UnconfirmedWrite, or the error with which Postgres has rolled it back."""
+    connection.take_warnings()  # of the statement
     try:
-        connection.execute(connection.end_of_write, None, deadline)
-        warnings = connection.warnings()
+        connection.execute(connection.end_of_write, deadline)
+        warnings = connection.take_warnings()
     except (TimeoutError, psycopg2.OperationalError) as error:
+        if is_rollback(error):
+            raise
         raise LostCommit(str(error), final_at) from None
     if warnings:
         connection.close()  # the next one asks how many commits wait
         raise UnconfirmedWrite("no synchronous standby has confirmed a write")
 
 
+def is_rollback(error: Exception) -> bool:
+    """Return whether Postgres has answered to COMMIT that the transaction is rolled back, and goes on."""
+    return isinstance(error, psycopg2.Error) and error.diag.severity_nonlocalized == "ERROR"
+
+
 def find(
     connection: Connection,
-    usernames: Iterable[str],
+    users: ByUser,
     deadline: float,
 ) -> ByUser:
-    """Return the date of birth of each user, None if there is none."""
-    names = list(usernames)
+    """Return the date of birth of each user, None if there is none; the values of the users are not used."""
+    names = list(users)
     rows = read(connection, FIND_DATES_OF_BIRTH, (names,), deadline)
     return {**dict.fromkeys(names), **dict(rows)}
 
@@ -876,15 +908,15 @@ def find(
 def save(connection: Connection, dates: ByUser, deadline: float) -> ByUser:
     """Save the date of birth of each user."""
     rows = sorted(dates.items())  # in one order, so that two statements do not deadlock
-    places = ", ".join(["%s"] * len(rows))
-    statement = SAVE_DATES_OF_BIRTH.format(rows=places)
+    placeholders = ", ".join(["%s"] * len(rows))  # psycopg2 writes a pair in parentheses
+    statement = SAVE_DATES_OF_BIRTH.format(rows=placeholders)
     write(connection, statement, tuple(rows), deadline)
     return dict.fromkeys(dates)
 
 
 # --- Postgres: batches ------------------------------------------------------------------------------
 YIELD_SECONDS = 1e-6  # other threads and greenlets run
-KEEP_OPEN_SECONDS = 5.0  # between two looks at idle connections
+KEEP_OPEN_INTERVAL = 5.0  # seconds between two looks at idle connections
 
 
 class PoolTimeout(Exception):
@@ -898,13 +930,14 @@ class Slot:
         self.connection: Connection | None = None
 
     def ready(self, deadline: float) -> Connection:
-        """Return the connection, or a new one if there is none, its server has closed it, or writes have left it."""
-        if self.connection and last_writes.have_left(self.connection):
-            self.connection.abandon()
-        if self.connection and self.connection.is_open():
-            return self.connection
-        if self.connection:
-            self.connection.close()
+        """Return the connection, or a new one if there is none, if it is closed, or if its server may be an old one."""
+        old = self.connection
+        if old and last_writes.must_replace(old):
+            old.abandon()
+        elif old and old.is_open():
+            return old
+        elif old:
+            old.close()
         self.connection = connect(deadline)
         return self.connection
 
@@ -937,7 +970,7 @@ class Pool:
             self.idle.put(slot)
 
     def in_use(self) -> int:
-        """Return how many slots run a statement."""
+        """Return how many slots are not idle."""
         return self.size - self.idle.qsize()
 
     def keep_open(self) -> None:
@@ -952,11 +985,11 @@ class Batch:
 
     def __init__(self) -> None:
         self.began = monotonic()
-        self.requests = 0
+        self.request_count = 0
         self.rows: ByUser = {}
-        self.results: ByUser = {}  # a row without a result is answered with 503
-        self.bug: Exception | None = None  # is answered with 500
-        self.final_at = 0.0  # monotonic seconds; no 503 before, because a lost COMMIT may still reach Postgres
+        self.results: ByUser = {}  # a user who has none gets 503
+        self.bug: Exception | None = None  # then 500
+        self.final_at = 0.0  # monotonic seconds; a 503 waits until then, because a lost COMMIT may still reach Postgres
         self.done = threading.Event()
 
 
@@ -1009,24 +1042,23 @@ class Batcher:
     def join(self, username: str, value: Any) -> tuple[Batch, bool]:
         """Join the batch that waits, or begin one; return it, and whether this request leads it."""
         with self.lock:
-            batch = self.open_batch()
+            batch = self.batch_to_join()
             batch.rows[username] = value  # of several requests for a user, the last one counts
-            batch.requests += 1
-            return batch, batch.requests == 1
+            batch.request_count += 1
+            return batch, batch.request_count == 1
 
-    def open_batch(self) -> Batch:
-        """Return the batch that a request joins."""
+    def batch_to_join(self) -> Batch:
+        """Return the last batch that waits, or a new one."""
         if self.waiting:
             last = self.waiting[-1]
-            # Nobody joins an old batch: it gives up QUEUE_TIMEOUT after its first request.
-            is_young = monotonic() - last.began < QUEUE_TIMEOUT / 10
-            if is_young and last.requests < BATCH_SIZE:
+            is_young = monotonic() - last.began < JOIN_SECONDS
+            if is_young and last.request_count < BATCH_SIZE:
                 return last
         batch = Batch()
         self.waiting.append(batch)
         return batch
 
-    def close_batch(self, batch: Batch) -> None:
+    def stop_joining(self, batch: Batch) -> None:
         """Let no more requests join a batch."""
         with self.lock:
             if batch in self.waiting:
@@ -1035,29 +1067,26 @@ class Batcher:
     def waiting_requests(self) -> int:
         """Return how many requests wait for a connection."""
         with self.lock:
-            return sum([batch.requests for batch in self.waiting])
+            return sum([batch.request_count for batch in self.waiting])
 
     def lead(self, batch: Batch) -> None:
         """Run a batch on the next idle connection, and wake its requests."""
         try:
             with self.pool.slot(QUEUE_TIMEOUT) as slot:
-                self.close_batch(batch)
+                self.stop_joining(batch)
                 self.run(slot, batch)
-                batch.done.set()  # nobody waits for the pause
-                self.let_others_join()
+                batch.done.set()
+                self.linger()
         except PoolTimeout:
             return  # without results
         except Exception as error:
             batch.bug = error
-        except BaseException:  # the WSGI server kills this request, perhaps during a COMMIT
-            batch.final_at = monotonic() + DATABASE_TIMEOUT
-            raise
-        finally:
-            self.close_batch(batch)
+        finally:  # whatever has happened
+            self.stop_joining(batch)
             batch.done.set()
 
-    def let_others_join(self) -> None:
-        """Keep the connection for a moment: the next requests of the clients just answered can share a statement."""
+    def linger(self) -> None:
+        """Keep the connection for a moment: the clients just answered can send requests that join the waiting batch."""
         if self.waiting:
             sleep(YIELD_SECONDS)
 
@@ -1065,16 +1094,15 @@ class Batcher:
         """Run a batch's statement; if one of its rows may have made it fail, run it for each row."""
         deadline = monotonic() + DATABASE_TIMEOUT
         try:
-            self.run_rows(slot, batch, batch.rows, batch.requests, deadline)
+            self.run_rows(slot, batch, batch.rows, batch.request_count, deadline)
         except ROW_ERRORS:
-            self.run_row_by_row(slot, batch, deadline)
+            if len(batch.rows) > 1:
+                self.run_row_by_row(slot, batch, deadline)
         except DATABASE_ERRORS:
             return  # without results
 
     def run_row_by_row(self, slot: Slot, batch: Batch, deadline: float) -> None:
-        """Run the statement for each row of a batch that has several, while Postgres answers in time."""
-        if len(batch.rows) == 1:
-            return
+        """Run the statement for each row of a batch, while Postgres answers in time."""
         for username, value in batch.rows.items():
             if monotonic() > deadline:
                 return
@@ -1103,6 +1131,9 @@ class Batcher:
                 batch.final_at = error.final_at
             self.observe(self.name, requests, monotonic() - start, error)
             raise
+        except BaseException:  # the WSGI server kills this request, perhaps during a COMMIT
+            batch.final_at = deadline
+            raise
         batch.results.update(results)
         self.observe(self.name, requests, monotonic() - start, None)
 
@@ -1117,25 +1148,24 @@ BATCHERS = [find_date_of_birth, save_date_of_birth]
 
 
 def keep_connected() -> NoReturn:
-    """Open the connections of all pools, and replace those that their server closes: for a thread of its own."""
+    """Open the connections of all pools, and replace those that their server closes.
+
+    A WSGI server may run it in a thread of its own, as server/hooks.py does.
+    """
     while True:
         for pool in POOLS:
             try:
                 pool.keep_open()
             except (PoolTimeout, *DATABASE_ERRORS):
-                continue  # the requests say so
+                continue  # requests report it
             except Exception as error:
                 log_bug(error)
-        sleep(KEEP_OPEN_SECONDS)
+        sleep(KEEP_OPEN_INTERVAL)
 
 
 # --- init-db ----------------------------------------------------------------------------------------
-class WrongEncoding(psycopg2.NotSupportedError):
-    """The database cannot hold every name."""
-
-
-class UnusableTable(psycopg2.NotSupportedError):
-    """The schema cannot be applied, or the service's statements fail on the table."""
+class UnusableDatabase(psycopg2.NotSupportedError):
+    """The database cannot hold every name, or schema.sql or a statement of the service fails in it."""
 
 
 def first_line(error: Exception) -> str:
@@ -1144,30 +1174,32 @@ def first_line(error: Exception) -> str:
 
 
 def check_encoding(connection: Connection, deadline: float) -> None:
-    """Raise WrongEncoding unless the database is in UTF8."""
-    [(encoding,)] = connection.execute("SHOW server_encoding", None, deadline)
+    """Raise UnusableDatabase unless the database is in UTF8."""
+    [(encoding,)] = connection.execute("SHOW server_encoding", deadline)
     if encoding != "UTF8":
-        raise WrongEncoding(f"the database's encoding is {encoding}: create it with ENCODING 'UTF8' TEMPLATE template0")
+        raise UnusableDatabase(
+            f"the database's encoding is {encoding}: create it with ENCODING 'UTF8' TEMPLATE template0"
+        )
 
 
 def run_schema(connection: Connection, deadline: float) -> None:
-    """Run schema.sql; raise UnusableTable."""
+    """Run schema.sql; raise UnusableDatabase."""
     try:
-        connection.execute(SCHEMA.read_text(), None, deadline)
+        connection.execute(SCHEMA.read_text(), deadline)
     except LASTING_ERRORS as error:
-        raise UnusableTable(f"schema.sql cannot be applied: {first_line(error)}") from None
+        raise UnusableDatabase(f"schema.sql cannot be applied: {first_line(error)}") from None
 
 
 def try_statements(connection: Connection, deadline: float) -> None:
-    """Run the service's statements and roll them back; raise UnusableTable."""
+    """Run the service's statements and roll them back; raise UnusableDatabase."""
     username = f"init-db {uuid.uuid4()} ".ljust(MAX_NAME_BYTES, "-")  # no user's: it is not only letters
-    connection.waiting_commits = 0  # what is rolled back waits for no standby
+    connection.stuck_commits = 0  # what is rolled back waits for no standby
     connection.end_of_write = ROLLBACK
     try:
         for batcher in BATCHERS:
             batcher.operation(connection, {username: date.min}, deadline)
     except LASTING_ERRORS as error:
-        raise UnusableTable(f"the service cannot use the table users: {first_line(error)}") from None
+        raise UnusableDatabase(f"the service cannot use the table users: {first_line(error)}") from None
 
 
 def apply_schema(deadline: float) -> None:

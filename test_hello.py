@@ -478,7 +478,7 @@ def test_bug_is_500_that_says_so_and_its_place_is_logged_without_its_text(
     assert "bug" in message(response)
     assert "database" not in response.text
     assert "Retry-After" not in response.headers
-    assert "ZeroDivisionError in " in caplog.text
+    assert "ZeroDivisionError at hello.py:" in caplog.text
     assert "Zoe" not in response.text + caplog.text
 
 

@@ -139,7 +139,7 @@ def test_put_of_a_frozen_backend_does_not_overwrite_one_acknowledged_after_it_wa
 ) -> None:
     monkeypatch.setattr(hello, "DATABASE_TIMEOUT", timeout)
     assert put(app, "Zoe", "1990-01-01") == 204
-    pid = idle_connection(hello.WRITE_POOL).connection.info.backend_pid
+    pid = idle_connection(hello.WRITE_POOL).psycopg.info.backend_pid
     os.kill(pid, signal.SIGSTOP)
     try:
         first = in_thread(put, app, "Zoe", "1991-01-01")
@@ -160,7 +160,7 @@ def test_new_user_whose_put_is_503_for_a_frozen_backend_is_not_created_later(
 ) -> None:
     assert put(app, "Zoe", "1990-01-01") == 204
     monkeypatch.setattr(hello, "DATABASE_TIMEOUT", 0.5)
-    pid = idle_connection(hello.WRITE_POOL).connection.info.backend_pid
+    pid = idle_connection(hello.WRITE_POOL).psycopg.info.backend_pid
     os.kill(pid, signal.SIGSTOP)
     try:
         assert put(app, "Adam") == 503
@@ -279,11 +279,11 @@ def test_commit_that_is_refused_is_503_at_once_and_the_connection_is_kept(app: T
     )
     try:
         assert put(app, "Zoe") == 204
-        pid = idle_connection(hello.WRITE_POOL).connection.info.backend_pid
+        pid = idle_connection(hello.WRITE_POOL).psycopg.info.backend_pid
         status, seconds = timed(put, app, "Eve")
         assert (status, seconds < 0.9) == (503, True)
         assert put(app, "Adam") == 204
-        assert idle_connection(hello.WRITE_POOL).connection.info.backend_pid == pid
+        assert idle_connection(hello.WRITE_POOL).psycopg.info.backend_pid == pid
     finally:
         table.query("DROP TRIGGER refuse ON users; DROP FUNCTION refuse")
     assert sorted(table.rows()) == ["Adam", "Zoe"]
@@ -382,15 +382,35 @@ def test_put_whose_node_of_citus_is_away_is_503_at_once_and_others_204_on_the_sa
     app: TestApp, table: Database
 ) -> None:
     assert put(app, "Zoe") == 204
-    pid = idle_connection(hello.WRITE_POOL).connection.info.backend_pid
+    pid = idle_connection(hello.WRITE_POOL).psycopg.info.backend_pid
     with hello.WRITE_POOL.slot(timeout=10):  # so that the requests share a statement
         puts = [in_thread(timed, put, app, name) for name in ("Adam", "Lost", "Nora")]
         wait_until(lambda: hello.save_date_of_birth.waiting_requests() == len(puts))
     answers = [call.result(10) for call in puts]
     assert [status for status, _ in answers] == [204, 503, 204]
     assert max(seconds for _, seconds in answers) < hello.DATABASE_TIMEOUT
-    assert idle_connection(hello.WRITE_POOL).connection.info.backend_pid == pid
+    assert idle_connection(hello.WRITE_POOL).psycopg.info.backend_pid == pid
     assert sorted(table.rows()) == ["Adam", "Nora", "Zoe"]
+
+
+DEFERRED_ERROR = """
+    CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN RAISE EXCEPTION 'at the commit' USING ERRCODE = 'serialization_failure'; END $$;
+    CREATE CONSTRAINT TRIGGER fails AFTER INSERT ON users DEFERRABLE INITIALLY DEFERRED
+        FOR EACH ROW EXECUTE FUNCTION fail()
+"""
+
+
+def test_put_that_postgres_rolls_back_at_the_commit_is_503_at_once(app: TestApp, table: Database) -> None:
+    table.query(DEFERRED_ERROR)
+    try:
+        start = time.monotonic()
+        assert put(app, "Zoe") == 503
+        assert time.monotonic() - start < hello.DATABASE_TIMEOUT / 2
+    finally:
+        table.query("DROP TRIGGER fails ON users; DROP FUNCTION fail()")
+    assert table.rows() == {}
+    assert put(app, "Zoe") == 204
 
 
 # --- Sessions ---------------------------------------------------------------------------------------
@@ -433,8 +453,8 @@ def test_statements_leave_nothing_behind_in_the_session(app: TestApp, table: Dat
     left = f"SELECT {settings}, (SELECT count(*) FROM pg_prepared_statements)"
     for pool in hello.POOLS:
         connection = idle_connection(pool)
-        assert connection.execute(left, None, time.monotonic() + 10) == [("0", "0", "0", "notice", 0)]
-        assert connection.connection.info.transaction_status == extensions.TRANSACTION_STATUS_IDLE
+        assert connection.execute(left, time.monotonic() + 10) == [("0", "0", "0", "notice", 0)]
+        assert connection.psycopg.info.transaction_status == extensions.TRANSACTION_STATUS_IDLE
 
 
 def test_connections_are_as_many_as_the_formula_says(app: TestApp, table: Database) -> None:

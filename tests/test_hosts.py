@@ -25,13 +25,13 @@ def no_host_has_failed(table: Database, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture
 def slow_names(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let the lookup of names that end in .slow take three seconds."""
+    """Let the lookup of a name that ends in .slow take three seconds; without .slow it may be a host."""
     look_up = socket.getaddrinfo
 
     def slow(host: str, *arguments: Any, **options: Any) -> Any:
         if host.endswith(".slow"):
             time.sleep(3)
-        return look_up(host, *arguments, **options)
+        return look_up(host.removesuffix(".slow"), *arguments, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", slow)
     hello.lookups.clear()
@@ -54,7 +54,7 @@ def connect_once() -> hello.Connection:
 def test_host_that_can_be_reached_is_used(table: Database, monkeypatch: pytest.MonkeyPatch, hosts: str) -> None:
     set_hosts(monkeypatch, hosts, table.port)
     with closing(connect_once()) as connection:
-        assert connection.connection.info.host in hosts.split(",")
+        assert connection.psycopg.info.host in hosts.split(",")
 
 
 @pytest.mark.parametrize("hosts", ["no-such-host.invalid", "db..example", "\udcff", "x" * 64 + ".example"])
@@ -72,7 +72,7 @@ def test_host_that_no_name_server_answers_for_leaves_time_for_the_next(
     for _ in range(5):
         start = time.monotonic()
         with closing(connect_once()) as connection:
-            assert connection.connection.info.host == LOOPBACK
+            assert connection.psycopg.info.host == LOOPBACK
         assert time.monotonic() - start < hello.CONNECT_TIMEOUT
 
 
@@ -82,9 +82,27 @@ def test_only_host_that_no_name_server_answers_for_takes_no_longer_than_connect_
 ) -> None:
     monkeypatch.setenv("PGHOST", "one.slow")
     start = time.monotonic()
-    with pytest.raises(psycopg2.OperationalError):
+    with pytest.raises(TimeoutError):
         connect_once()
     assert time.monotonic() - start < 2 * hello.CONNECT_TIMEOUT
+
+
+@pytest.mark.usefixtures("slow_names")
+def test_name_that_is_found_after_an_attempt_is_used_by_the_next(
+    table: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_hosts(monkeypatch, "localhost.slow", table.port)
+    with pytest.raises(TimeoutError):
+        connect_once()
+    assert hello.lookups["localhost.slow"].done.wait(10)
+    with closing(connect_once()) as connection:
+        assert connection.psycopg.info.host == "localhost.slow"
+
+
+def test_network_interface_of_an_address_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_hosts(monkeypatch, "fe80::1%lo", 5432)
+    [address] = hello.find_addresses(time.monotonic() + hello.CONNECT_TIMEOUT)
+    assert (address.host, address.hostaddr) == ("fe80::1%lo", "")  # libpq reads the address itself
 
 
 @pytest.mark.usefixtures("slow_names")
@@ -92,7 +110,7 @@ def test_name_is_looked_up_once_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(hello, "CONNECT_TIMEOUT", 0.2)
     monkeypatch.setenv("PGHOST", "one.slow")
     for _ in range(3):
-        with pytest.raises(psycopg2.OperationalError):
+        with pytest.raises(TimeoutError):
             connect_once()
     assert list(hello.lookups) == ["one.slow"]
     assert not hello.lookups["one.slow"].done.is_set()
@@ -101,7 +119,7 @@ def test_name_is_looked_up_once_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
 def test_host_that_refuses_is_passed_over_at_once(table: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     set_hosts(monkeypatch, "127.0.0.1,127.0.0.1", free_port(), table.port)
     with closing(connect_once()) as connection:
-        assert connection.connection.info.port == table.port
+        assert connection.psycopg.info.port == table.port
 
 
 def test_host_that_does_not_answer_is_passed_over_by_the_next_attempt(
@@ -115,7 +133,7 @@ def test_host_that_does_not_answer_is_passed_over_by_the_next_attempt(
             with pytest.raises(TimeoutError, match="does not answer in time"):
                 attempt.result(10)
         with closing(connect_once()) as connection:
-            assert connection.connection.info.port == table.port
+            assert connection.psycopg.info.port == table.port
 
 
 @pytest.mark.usefixtures("slow_names")
@@ -129,7 +147,7 @@ def test_name_in_pghost_beside_a_service_file_does_not_block_the_process(
     set_hosts(monkeypatch, "one.slow,127.0.0.1", table.port)
     start = time.monotonic()
     with closing(connect_once()) as connection:
-        assert (connection.connection.info.host, connection.connection.info.user) == (LOOPBACK, "postgres")
+        assert (connection.psycopg.info.host, connection.psycopg.info.user) == (LOOPBACK, "postgres")
     assert time.monotonic() - start < hello.CONNECT_TIMEOUT
 
 
@@ -142,7 +160,7 @@ def test_next_attempt_begins_after_the_host_that_did_not_answer(
         with pytest.raises(TimeoutError):
             connect_once()
         with closing(connect_once()) as connection:
-            assert connection.connection.info.host == "localhost"
+            assert connection.psycopg.info.host == "localhost"
 
 
 def test_attempt_that_is_not_answered_blames_its_host_and_not_the_one_of_the_connection_before(
@@ -159,7 +177,7 @@ def test_attempt_that_is_not_answered_blames_its_host_and_not_the_one_of_the_con
             set_hosts(monkeypatch, "127.0.0.1,localhost,127.0.0.1", port, table.port, table.port)
             with pytest.raises(TimeoutError):
                 slot.ready(time.monotonic() + 0.5)
-            assert slot.ready(time.monotonic() + 5).connection.info.host == "localhost"
+            assert slot.ready(time.monotonic() + 5).psycopg.info.host == "localhost"
             slot.connection.close()
 
 
@@ -184,7 +202,7 @@ def test_name_that_is_found_later_does_not_change_which_host_is_tried_last(
             connect_once()
         is_known = True
         with closing(connect_once()) as connection:
-            assert connection.connection.info.host == "localhost"
+            assert connection.psycopg.info.host == "localhost"
 
 
 @pytest.mark.parametrize("attributes", ["", "any"])
@@ -196,7 +214,7 @@ def test_read_only_host_that_stands_first_is_passed_over_unless_any_host_will_do
     with replicated() as (primary, standby, _):
         set_hosts(monkeypatch, "127.0.0.1,127.0.0.1", standby.port, primary.port)
         with closing(connect_once()) as connection:
-            assert connection.connection.info.port == (standby.port if attributes else primary.port)
+            assert connection.psycopg.info.port == (standby.port if attributes else primary.port)
 
 
 def test_host_that_does_not_answer_takes_no_longer_than_database_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,4 +234,4 @@ def test_next_attempt_begins_after_the_host_of_a_lost_connection(
     set_hosts(monkeypatch, "127.0.0.2,127.0.0.1,localhost", free_port(), table.port, table.port)
     connect_once().abandon()
     with closing(connect_once()) as connection:
-        assert connection.connection.info.host == "localhost"
+        assert connection.psycopg.info.host == "localhost"

@@ -195,7 +195,7 @@ def test_a_bug_is_a_500_that_is_counted_and_whose_place_is_logged(database: dict
         assert service.ask("GET", "/hello/Quetzalcoatl").status == 500
         [place] = service.wait_for_lines(1, "RuntimeError")
         assert place["level"] == "error"
-        assert re.search(r"broken\.py\D+4$", place["message"])
+        assert re.fullmatch(r"RuntimeError at hello\.py:\d+, hello\.py:\d+, broken\.py:4", place["message"])
         [request] = service.wait_for_lines(1)
         assert (request["level"], request["status"]) == ("warning", 500)
         wait_until(lambda: service.requests().get(("GET", HELLO, "500")) == 1)
