@@ -1,20 +1,22 @@
 """gunicorn's configuration: `gunicorn hello:application` finds it in the folder where it starts."""
 
-from server import hooks, logs, settings
+import os
+
+from server import logs, settings
 from server.hooks import on_starting, post_worker_init, pre_fork
 
 __all__ = ["on_starting", "post_worker_init", "pre_fork"]
 
-bind = hooks.bind_addresses()
+bind = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in settings.addresses().values()]
 worker_class = "server.worker.Worker"
 workers = settings.WEB_CONCURRENCY
 worker_connections = settings.WORKER_CONNECTIONS
-# Docker waits 10 seconds between SIGTERM and SIGKILL.
+# Below the 10 s that Docker waits between SIGTERM and SIGKILL.
 graceful_timeout = settings.GRACEFUL_TIMEOUT
 # A worker whose event loop has not run for this long is replaced. It does not bound a request.
 timeout = 30
-# The heartbeat file: on a slow disk it would delay the worker, and the root may be read-only.
-worker_tmp_dir = hooks.MEMORY_FOLDER
+# A worker touches its heartbeat file ten times a second. A disk may be slow or read-only.
+worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 # The control socket would need a home folder.
 control_socket_disable = True
 loglevel = settings.LOG_LEVEL

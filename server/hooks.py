@@ -6,27 +6,16 @@ from threading import Thread
 from typing import Any
 
 from server import metrics, options, settings
-
-MEMORY_FOLDER = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-
-
-def bind_addresses() -> list[str]:
-    """Return the addresses to listen on: of the service, and of /metrics if it is served."""
-    addresses = settings.addresses().values()
-    return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in addresses]
+from server.telemetry import TelemetryMiddleware
 
 
 def on_starting(server: Any) -> None:
-    """Check options and addresses, and allow the open files that a worker may need: the usual limit is 1,024."""
+    """Check options and addresses, and allow as many open files as the system lets: the usual limit is 1,024."""
     options.check_options(server.cfg)
-    if not os.environ.keys() & {"GUNICORN_FD", "LISTEN_FDS"}:  # it takes over sockets
+    if not os.environ.keys() & {"GUNICORN_FD", "LISTEN_FDS"}:  # with these, gunicorn takes over bound sockets
         options.check_addresses(server.cfg.address, reuse_port=server.cfg.reuse_port)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # A stopping worker also serves what waits to be accepted.
-    wanted = 2 * server.cfg.worker_connections + server.cfg.backlog + 100
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def pre_fork(server: Any, worker: Any) -> None:
@@ -38,14 +27,9 @@ def pre_fork(server: Any, worker: Any) -> None:
 
 
 def post_worker_init(worker: Any) -> None:
-    """Wrap the application in telemetry, log uncaught exceptions, and open the connections to Postgres."""
-    import gevent  # in the worker, because the master must import neither gevent nor hello
+    """Wrap the application in telemetry, and open the connections to Postgres."""
+    import hello  # in the worker, after gevent has patched what hello imports
 
-    import hello
-    from server import logs
-    from server.telemetry import TelemetryMiddleware
-
-    gevent.get_hub().print_exception = logs.log_uncaught  # type: ignore[method-assign, assignment]
     if settings.TELEMETRY == "on":
         shared = metrics.SharedMetrics(worker.number, hello.__version__)
         worker.wsgi = worker.telemetry = TelemetryMiddleware(worker.wsgi, hello, shared)

@@ -1,7 +1,7 @@
 """Accept connections, and stop accepting them without a reset."""
 
 import contextlib
-from os import close as close_at_once  # before gevent replaces it
+from os import close as close_at_once  # of the system; gevent would close later, and reset what arrives until then
 from typing import Any
 
 import gevent
@@ -17,18 +17,11 @@ class Listener(StreamServer):
 
     @property
     def max_accept(self) -> int:  # type: ignore[override]
-        """The number of connections to accept in a turn of the event loop.
-
-        It is small while few are open, so that workers get equal shares of a burst, and grows with them, because turns
-        become longer.
-        """
+        """The number of connections to accept in a turn of the event loop: few while few are open, to share a burst."""
         return 2 + len(self.pool or ()) // 8
 
     def do_read(self) -> Any:
-        """Accept a connection, and leave those behind this turn to the other workers for a moment.
-
-        Without the pause, the worker that runs first accepts most of a burst.
-        """
+        """Accept a connection; after this turn, pause: the worker that runs first would accept most of a burst."""
         arrival = super().do_read()
         if arrival and not self.is_paused:
             self.is_paused = True
@@ -49,5 +42,5 @@ class Listener(StreamServer):
             with contextlib.suppress(OSError):  # out of file descriptors
                 while arrival := super().do_read():
                     gevent.spawn(self.handle, *arrival)  # not in the pool, which may be full
-            close_at_once(self.socket.detach())  # gevent closes later, and connections could arrive until then
+            close_at_once(self.socket.detach())
         super().close()

@@ -14,36 +14,29 @@ import os
 import signal
 import traceback
 from _thread import allocate_lock, start_new_thread
+from datetime import UTC, datetime
 from functools import lru_cache
 from queue import SimpleQueue
 from select import PIPE_BUF, POLLOUT, poll
-from time import gmtime, sleep, strftime, time
+from time import sleep, time
 from typing import Any
 
 from server import settings
 
 LOG = logging.getLogger("hello")
 STDOUT = 1
+NAMES = {logging.INFO: "info", logging.WARNING: "warning"}
 IS_TEXT = settings.LOG_FORMAT == "text" or (settings.LOG_FORMAT == "auto" and os.isatty(STDOUT))
-LEVELS = {"info": logging.INFO, "warning": logging.WARNING}
 MAX_WAITING_LINES = 10_000  # about 5 MB; 1 second of requests at full load
 WRITE_SECONDS = 0.05  # lines are collected for this time: each write wakes the reader
 STOP_SECONDS = 1.0  # how long a process waits at its exit for its last lines to be written
-
-# --- Form -------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=2)
-def date_and_time(second: int) -> str:
-    """Return a second since 1970 as RFC 3339 in UTC, without the letter Z."""
-    return strftime("%Y-%m-%dT%H:%M:%S", gmtime(second))
 
 
 @lru_cache(maxsize=2)  # the requests of a statement end in the same millisecond
 def timestamp(milliseconds: int) -> str:
     """Return a time since 1970 as RFC 3339 in UTC."""
-    second, rest = divmod(milliseconds, 1000)
-    return f"{date_and_time(second)}.{rest:03d}Z"
+    moment = datetime.fromtimestamp(milliseconds / 1000, UTC).replace(tzinfo=None)
+    return f"{moment.isoformat(timespec='milliseconds')}Z"
 
 
 def location(error: BaseException) -> str:
@@ -84,20 +77,13 @@ def record_line(record: logging.LogRecord) -> str:
     return json.dumps(entry | {"exception": location(error)} if error else entry)
 
 
-# --- Writing ----------------------------------------------------------------------------------------
-
-
 class LineWriter:
-    """Write lines to a file descriptor in a thread; count those that are dropped.
-
-    A line is dropped if MAX_WAITING_LINES wait, or if it cannot be written. A forked process starts with no waiting
-    lines and a new thread.
-    """
+    """Write lines in a thread; drop and count those that find too many waiting, or cannot be written."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self.reset()
-        os.register_at_fork(after_in_child=self.reset)
+        os.register_at_fork(after_in_child=self.reset)  # the lines and the thread are those of the parent
         atexit.register(self.close)
 
     def reset(self) -> None:
@@ -183,9 +169,9 @@ def log_request(
     method: str, route: str, status: str, seconds: float, size: int, request_id: str, trace_id: str
 ) -> None:
     """Log a request; with a 5xx it is a warning."""
-    level = "warning" if status.startswith("5") else "info"
-    if LOG.isEnabledFor(LEVELS[level]):
-        WRITER.add((time(), level, method, route, status, seconds, size, request_id, trace_id))
+    level = logging.WARNING if status.startswith("5") else logging.INFO
+    if LOG.isEnabledFor(level):
+        WRITER.add((time(), NAMES[level], method, route, status, seconds, size, request_id, trace_id))
 
 
 class Handler(logging.Handler):
@@ -197,15 +183,7 @@ class Handler(logging.Handler):
 
 # gunicorn's `logconfig_dict`.
 LOGGING = {
-    "version": 1,
-    "disable_existing_loggers": False,
     "handlers": {"stdout": {"()": Handler}},
     "root": {"level": settings.LOG_LEVEL.upper(), "handlers": ["stdout"]},
     "loggers": {"gunicorn.error": {"propagate": True}, "gunicorn.access": {"propagate": False}},
 }
-
-
-def log_uncaught(context: object, kind: Any, error: Any, trace: Any) -> None:
-    """Log an uncaught exception without its text; replaces gevent's `Hub.print_exception`."""
-    if kind and isinstance(error, BaseException):
-        LOG.error("uncaught exception", exc_info=(kind, error.with_traceback(trace), trace))

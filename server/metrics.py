@@ -1,7 +1,7 @@
 """The metrics of hello, and /metrics.
 
-Each worker counts for itself, with prometheus_client and faster histograms. Once a second it leaves a snapshot in
-memory that all workers share. Prometheus asks any worker, which adds up the snapshots.
+Each worker counts for itself, with prometheus_client. Once a second it leaves a snapshot in memory that all workers
+share. Prometheus asks any worker, which adds up the snapshots.
 
 gunicorn's master imports this module before gevent patches the standard library in its workers. The memory is therefore
 the same in all of them, and the locks of the metrics are those of the operating system, which are faster.
@@ -12,16 +12,14 @@ import os
 import pickle
 import platform
 import time
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from functools import partial
-from itertools import accumulate
+from functools import cache, partial
 from struct import Struct
 from types import ModuleType
 from wsgiref.types import StartResponse, WSGIEnvironment
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric, Sample
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, Sample
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
@@ -32,8 +30,6 @@ SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2
 ROWS = (1, 2, 5, 10, 20, 50, 100, 200)  # BATCH_SIZE is 100
 SHARE_SECONDS = 1  # between two snapshots of a worker; far below any scrape interval
 ALIVE_SECONDS = 5  # a worker without a newer snapshot counts as ended
-
-# --- What a worker counts ---------------------------------------------------------------------------
 
 REGISTRY = CollectorRegistry()
 
@@ -46,49 +42,24 @@ class ProcessCollector(Collector):
         yield CounterMetricFamily("log_lines_dropped", "Log lines that were lost.", WRITER.dropped)
 
 
-class Histogram(Collector):
-    """A histogram without locks: it is used by greenlets of one thread, and costs a fifth of prometheus_client's."""
-
-    def __init__(self, name: str, text: str, labels: list[str], bounds: tuple[float, ...]) -> None:
-        self.name, self.text, self.labels, self.bounds = name, text, labels, bounds
-        self.series: dict[tuple[str, ...], list[float]] = {}  # the number of values in each bucket, and their sum
-        REGISTRY.register(self)
-
-    def start(self, *labels: str) -> list[float]:
-        """Create a series without values."""
-        return self.series.setdefault(labels, [0.0] * (len(self.bounds) + 2))
-
-    def observe(self, value: float, *labels: str) -> None:
-        """Add a value to a series."""
-        numbers = self.series.get(labels) or self.start(*labels)
-        numbers[bisect_left(self.bounds, value)] += 1
-        numbers[-1] += value
-
-    def collect(self) -> Iterator[Metric]:
-        family = HistogramMetricFamily(self.name, self.text, labels=self.labels)
-        bounds = [*map(str, map(float, self.bounds)), "+Inf"]
-        for labels, (*counts, total) in self.series.items():
-            family.add_metric(labels, list(zip(bounds, accumulate(counts), strict=True)), total)
-        yield family
-
-
 disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for each counter
 REGISTRY.register(ProcessCollector())
-counter = partial(Counter, registry=REGISTRY)
-gauge = partial(Gauge, registry=REGISTRY)
+histogram = partial(Histogram, registry=REGISTRY)
 
 REQUEST = ["method", "route", "status"]
-DURATIONS = Histogram("http_request_duration_seconds", "Time from a whole request to its response.", REQUEST, SECONDS)
-IN_PROGRESS = gauge("http_requests_in_progress", "Requests not yet answered.")
-REFUSED = counter("http_requests_refused_total", "Malformed requests refused.", ["status"])
-STATEMENTS = Histogram("database_query_duration_seconds", "Time of a statement.", ["operation"], SECONDS)
-BATCHES = Histogram("database_batch_size", "Requests served by one statement.", ["operation"], ROWS)
-ERRORS = counter("database_errors_total", "Statements that failed.", ["class"])
-POOL_SIZE = gauge("database_pool_size", "Maximum connections.", ["pool"])
-POOL_IN_USE = gauge("database_pool_in_use", "Connections that run a statement.", ["pool"])
-POOL_WAITING = gauge("database_pool_waiting", "Requests that wait for a connection.", ["operation"])
-STARTS = counter("hello_worker_starts_total", "Workers started.")
-WORKERS = gauge("hello_workers", "Running workers.")
+SECONDS_OF_REQUEST = "http_request_duration_seconds"
+DURATIONS = histogram(SECONDS_OF_REQUEST, "Time from a whole request to its response.", REQUEST, buckets=SECONDS)
+IN_PROGRESS = Gauge("http_requests_in_progress", "Requests not yet answered.", registry=REGISTRY)
+REFUSED = Counter("http_requests_refused_total", "Malformed requests refused.", ["status"], registry=REGISTRY)
+STATEMENTS = histogram("database_query_duration_seconds", "Time of a statement.", ["operation"], buckets=SECONDS)
+BATCHES = histogram("database_batch_size", "Requests served by one statement.", ["operation"], buckets=ROWS)
+ERRORS = Counter("database_errors_total", "Statements that failed.", ["class"], registry=REGISTRY)
+POOL_SIZE = Gauge("database_pool_size", "Maximum connections.", ["pool"], registry=REGISTRY)
+POOL_IN_USE = Gauge("database_pool_in_use", "Connections that run a statement.", ["pool"], registry=REGISTRY)
+POOL_WAITING = Gauge("database_pool_waiting", "Requests that wait for a connection.", ["operation"], registry=REGISTRY)
+STARTS = Counter("hello_worker_starts_total", "Workers started.", registry=REGISTRY)
+WORKERS = Gauge("hello_workers", "Running workers.", registry=REGISTRY)
+duration_of = cache(DURATIONS.labels)  # labels() alone takes longer than the observation
 
 
 def watch_pools(service: ModuleType) -> None:
@@ -97,8 +68,8 @@ def watch_pools(service: ModuleType) -> None:
         POOL_SIZE.labels(pool.name).set(pool.size)
         POOL_IN_USE.labels(pool.name).set_function(pool.in_use)
     for batcher in service.BATCHERS:
-        STATEMENTS.start(batcher.name)
-        BATCHES.start(batcher.name)
+        STATEMENTS.labels(batcher.name)
+        BATCHES.labels(batcher.name)
         POOL_WAITING.labels(batcher.name).set_function(batcher.waiting_requests)
 
 
@@ -108,14 +79,12 @@ def start_at_zero(user_route: str) -> None:
     requests += [("PUT", user_route, status) for status in ("204", "400", "500", "503")]
     requests += [("GET", "/readyz", status) for status in ("200", "500", "503")]
     for labels in requests:
-        DURATIONS.start(*labels)
+        DURATIONS.labels(*labels)
     for status in ("400", "408", "413", "414", "417", "431", "501", "505"):
         REFUSED.labels(status)
     for name in ("LockNotAvailable", "OperationalError", "QueryCanceled", "TimeoutError"):
         ERRORS.labels(name)
 
-
-# --- What all workers counted -----------------------------------------------------------------------
 
 # A file without a name: no other program can fill, remove or damage it, and it goes with the last of our processes.
 # A worker has a header in it, and two areas that it fills in turn, so that it may be killed while it writes.
@@ -170,15 +139,12 @@ def add_up(metrics: Iterable[Metric]) -> list[Metric]:
 
 
 class SharedMetrics(Collector):
-    """The metrics of all workers, as the worker with a number sees them.
-
-    Its counters go on from those of the last worker with this number.
-    """
+    """The metrics of all workers; those of this one go on from the last worker with its number."""
 
     def __init__(self, number: int, version: str) -> None:
         self.number = number
         self.version = version
-        self.earlier = without_gauges(read_snapshot(number))
+        self.inherited = without_gauges(read_snapshot(number))
         atexit.register(self.share, is_last=True)
 
     def share_for_ever(self) -> None:
@@ -189,7 +155,7 @@ class SharedMetrics(Collector):
 
     def share(self, *, is_last: bool = False) -> list[Metric]:
         """Share and return what this worker has counted."""
-        metrics = add_up([*REGISTRY.collect(), *self.earlier])
+        metrics = add_up([*REGISTRY.collect(), *self.inherited])
         try:
             write_snapshot(self.number, without_gauges(metrics) if is_last else metrics)
         except OSError as error:
@@ -199,11 +165,12 @@ class SharedMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield the sums: of counters over all workers there were, of gauges over those that run."""
         metrics = self.share()  # so the next scrape, by another worker, does not find less
-        for number in range(1, os.fstat(MEMORY).st_size // offset(1, 0) + 1):
+        workers = os.fstat(MEMORY).st_size // offset(1, 0)
+        for number in range(1, workers + 1):
             metrics += read_snapshot(number) if number != self.number else []
         for metric in add_up(metrics):
             yield metric
-            if metric.name == DURATIONS.name:  # each duration is one request
+            if metric.name == SECONDS_OF_REQUEST:  # each duration is one request
                 counts = [sample for sample in metric.samples if sample.name.endswith("_count")]
                 requests = Metric("http_requests", "Requests answered.", "counter")
                 requests.samples = [sample._replace(name="http_requests_total") for sample in counts]

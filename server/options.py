@@ -1,7 +1,4 @@
-"""Check gunicorn's options at the start: one that it would ignore for this service, or only half do, ends it.
-
-Each failure is one line.
-"""
+"""Check gunicorn's options at the start: exit with one line if the service would ignore one, or only half do it."""
 
 import socket
 import sys
@@ -18,9 +15,7 @@ REFUSED = {
         "certfile", "keyfile", "ca_certs", "ssl_context", "http_protocols", "http2_cleartext", "protocol",
         "proxy_protocol", "proxy_allow_ips", "uwsgi_allow_ips", "root_path",
     ),
-    "the service does not look at its clients' addresses": (
-        "forwarded_allow_ips", "secure_scheme_headers", "forwarder_headers",
-    ),
+    "the service ignores addresses of clients": ("forwarded_allow_ips", "secure_scheme_headers", "forwarder_headers"),
     "server/parser.py reads requests, and docs/configuration.md lists its limits": (
         "limit_request_line", "limit_request_fields", "limit_request_field_size", "http_parser", "header_map",
         "permit_obsolete_folding", "permit_unconventional_http_method", "permit_unconventional_http_version",
@@ -28,7 +23,7 @@ REFUSED = {
     ),
     "the log goes to standard output; LOG_LEVEL and LOG_FORMAT set what it has": (
         "accesslog", "access_log_format", "errorlog", "capture_output", "loglevel", "logconfig", "logconfig_json",
-        "logger_class", "syslog",
+        "logger_class", "syslog", "daemon",
     ),
     "/metrics has the figures": ("statsd_host", "statsd_prefix", "dogstatsd_tags", "enable_backlog_metric"),
     "set KEEPALIVE_TIMEOUT": ("keepalive",),
@@ -44,23 +39,18 @@ REFUSED = {
 
 def check_options(config: Any) -> None:
     """Exit with one line if an option is set that is not supported."""
-    usual = {name: setting.get() for name, setting in make_settings().items()}
-    usual |= {"loglevel": settings.LOG_LEVEL, "worker_class": "server.worker.Worker"}
+    defaults = {name: setting.get() for name, setting in make_settings().items()}
+    defaults |= {"loglevel": settings.LOG_LEVEL, "worker_class": "server.worker.Worker"}  # of gunicorn.conf.py
     for advice, names in REFUSED.items():
         for name in names:
             setting = config.settings[name]
-            if setting.get() != usual[name]:
+            if setting.get() != defaults[name]:
                 option = setting.cli[-1] if setting.cli else name
                 sys.exit(f"gunicorn's option {option} is not supported: {advice}")
 
 
 def check_addresses(addresses: Iterable[Any], *, reuse_port: bool = False) -> None:
-    """Exit with one line if an address cannot be listened on: gunicorn would try five times, and log each.
-
-    Args:
-        addresses: pairs of a host and a port; others, which are not of TCP, are not checked.
-        reuse_port: whether other sockets may share the port.
-    """
+    """Exit with one line if a TCP address cannot be listened on: gunicorn would try five times, and log each."""
     names = {address: f"{name.replace('PORT', 'HOST')} or {name}" for name, address in settings.addresses().items()}
     for host, port in [address for address in addresses if isinstance(address, tuple)]:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:

@@ -1,13 +1,7 @@
 """Turn the bytes of a client into WSGI environs (PEP 3333), one request at a time.
 
 httptools, which is llhttp, the parser of Node.js, reads the head and the framing of chunked content. What llhttp lets
-through is checked here where RFC 9110 and 9112 demand an error: the protocol and its version, the number and form of
-Host, the authority of an absolute target, unknown transfer codings. These deviations remain:
-- A target may hold characters that a URI may not, such as `"`, `<` or `#`. They reach the application as they are.
-- The target `*` is refused.
-- Versions 1.2 to 1.9 are answered with 505; they should be read as 1.1.
-- White space between the size of a chunk and its extension is an error.
-- Field values may hold bytes from 0x80 to 0xff, which become latin-1 text.
+through is checked here where RFC 9110 and 9112 demand an error. docs/configuration.md lists the deviations.
 """
 
 import io
@@ -66,9 +60,6 @@ class ProtocolError(Exception):
         self.message = message
 
 
-# --- Head -------------------------------------------------------------------------------------------
-
-
 def parse_request_line(line: bytes) -> tuple[str, str, str]:
     """Return method, target and protocol (RFC 9112, section 3)."""
     found = REQUEST_LINE.fullmatch(line)
@@ -125,10 +116,7 @@ def parse_headers(head: bytes) -> Headers:
 
 @lru_cache(maxsize=64)  # 2 MB with the longest names
 def environ_key(name: bytes) -> str:
-    """Return the environ key of a header; empty for one that the application must not see.
-
-    An underscore would pass for a hyphen, and the server ignores Upgrade.
-    """
+    """Return the environ key of a header; none for Upgrade, and for an underscore, which would pass for a hyphen."""
     key = name.decode("latin-1").upper().replace("-", "_")
     if b"_" in name or key == "UPGRADE":
         return ""
@@ -150,7 +138,7 @@ def add_headers(environ: WSGIEnvironment, headers: Headers) -> None:
 
 
 def split_target(target: str, environ: WSGIEnvironment) -> tuple[str, str]:
-    """Return the path, its percent-encoded bytes as latin-1 (PEP 3333), and the query (RFC 9112, section 3.2)."""
+    """Return path, decoded (PEP 3333), and query; a host in the target replaces Host (RFC 9112, section 3.2)."""
     if not target.startswith("/"):
         absolute = ABSOLUTE_TARGET.fullmatch(target)
         if absolute is None:
@@ -191,21 +179,15 @@ def is_chunked(environ: WSGIEnvironment) -> bool:
 
 
 def expects_continue(environ: WSGIEnvironment) -> bool:
-    """Return whether the client waits for `100 Continue` (RFC 9110, section 10.1.1).
-
-    What the application would refuse for its length is refused before the client sends it.
-    """
+    """Return whether the client waits for `100 Continue` (RFC 9110, section 10.1.1)."""
     if "HTTP_EXPECT" not in environ or environ["SERVER_PROTOCOL"] == "HTTP/1.0":
         return False
     expectations = list_elements(environ["HTTP_EXPECT"])
     if any(expectation != "100-continue" for expectation in expectations):
         raise ProtocolError(*BAD_EXPECTATION)
-    if expectations and int(environ.get("CONTENT_LENGTH", 0)) > MAX_CONTENT_BYTES:
+    if expectations and int(environ.get("CONTENT_LENGTH", 0)) > MAX_CONTENT_BYTES:  # as the application would, later
         raise ProtocolError(*LONG_CONTENT)
     return bool(expectations)
-
-
-# --- Content ----------------------------------------------------------------------------------------
 
 
 class Content:
@@ -251,10 +233,7 @@ class ChunkReader:
         self.parser.feed_data(CHUNKED_HEAD)
 
     def feed(self, data: bytes) -> bytes:
-        """Take bytes; return those behind the content.
-
-        A blank line may be the end of the content, behind which llhttp would read on: it gets no bytes across one.
-        """
+        """Take bytes; return those behind the content. llhttp gets none across a blank line, which may be its end."""
         while data and not self.content.is_complete:
             found = (self.tail + data).find(BLANK_LINE)
             end = len(data)
@@ -271,39 +250,27 @@ class ChunkReader:
 
 Reader = FixedReader | ChunkReader
 
-# --- Requests ---------------------------------------------------------------------------------------
-
 
 class Request:
-    """A request as it arrives.
-
-    Args:
-        common: what the environs of its connection have in common.
-
-    Attributes:
-        environ: None until the head has arrived.
-        is_complete: whether the content has arrived too, and the environ has its `wsgi.input`.
-        is_last: whether the client's further bytes are not read.
-        awaits_continue: whether the client waits for `100 Continue` before it sends the content.
-    """
+    """A request as it arrives."""
 
     def __init__(self, common: WSGIEnvironment) -> None:
-        self.common = common
+        self.common = common  # what all environs of a connection have
         self.received = 0  # bytes
         self.head = b""  # what has arrived of it; nothing once it is in the environ
-        self.environ: WSGIEnvironment | None = None
+        self.environ: WSGIEnvironment | None = None  # with `wsgi.input` once the content has arrived
         self.reader: Reader | None = None  # while content is read
         self.is_complete = False
-        self.is_last = False
-        self.awaits_continue = False
+        self.is_last = False  # what the client sends behind it is not read
+        self.awaits_continue = False  # the client sends the content after `100 Continue`
 
     @property
     def method(self) -> str:
-        """The method; empty before it is known."""
+        """The method; "other" for one that HTTP does not define, and before it is known."""
         if self.environ:
             return str(self.environ["REQUEST_METHOD"])
         found = METHOD.match(self.head)
-        return found[1].decode() if found else ""
+        return METHODS.get(found[1], "other") if found else "other"
 
     @property
     def has_begun(self) -> bool:
@@ -311,11 +278,7 @@ class Request:
         return bool(self.head or self.environ)
 
     def feed(self, data: bytes) -> bytes:
-        """Take bytes; return those behind the end of the request.
-
-        Raises:
-            ProtocolError: the request is refused, and the connection ends with the response.
-        """
+        """Take bytes; return those behind the request; raise ProtocolError if it is refused."""
         self.received += len(data)
         rest = data
         if self.environ is None:

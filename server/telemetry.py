@@ -1,13 +1,9 @@
-"""Request ids, metrics and log lines of requests and statements: a wrapper around the application in each worker.
-
-What is counted and logged is about a route, never about a user: see logs.py.
-"""
+"""Request ids, metrics and log lines of requests and statements: about routes, never about users."""
 
 import re
 import threading
 import time
 from collections.abc import Iterable
-from http import HTTPMethod
 from random import getrandbits
 from types import ModuleType
 from typing import Any
@@ -19,7 +15,6 @@ from server import metrics, settings
 from server.logs import LOG, log_request
 
 METRICS_PORT = str(settings.METRICS_PORT)  # as SERVER_PORT has it
-METHODS = {method.value: method.value for method in HTTPMethod}  # any other is "other": clients cannot create series
 UNMATCHED = "unmatched"  # the route of an unknown path
 PROBES = {"/livez", "/readyz"}  # counted, not logged: probes repeat every few seconds
 
@@ -120,25 +115,25 @@ class TelemetryMiddleware:
 
     def count(self, environ: WSGIEnvironment, status: str, seconds: float, size: int, request_id: str) -> None:
         """Count and log a request."""
-        method = METHODS.get(environ["REQUEST_METHOD"], "other")
+        method = environ["REQUEST_METHOD"]  # one of few: the parser refuses others
         route = environ.get("hello.route", UNMATCHED)
-        metrics.DURATIONS.observe(seconds, method, route, status)
+        metrics.duration_of(method, route, status).observe(seconds)
         if status == "503":
             self.outage.unavailable += 1
         if route not in PROBES:
             log_request(method, route, status, seconds, size, request_id, trace_id_of(environ))
 
-    def protocol_error(self, method: str, status: int, size: int) -> str:
-        """Count and log the response to a malformed request; return its X-Request-Id."""
+    def protocol_error(self, environ: WSGIEnvironment, method: str, status: int, size: int) -> str:
+        """Count and log the response to a request that is refused; return its X-Request-Id."""
         metrics.REFUSED.labels(str(status)).inc()
-        request_id = f"{getrandbits(128):032x}"
-        log_request(METHODS.get(method, "other"), UNMATCHED, str(status), 0, size, request_id, "")
+        request_id = request_id_of(environ)
+        log_request(method, UNMATCHED, str(status), 0, size, request_id, trace_id_of(environ))
         return request_id
 
     def statement(self, operation: str, rows: int, seconds: float, error: Exception | None) -> None:
         """Count a statement; log the begin and the end of an outage."""
-        metrics.STATEMENTS.observe(seconds, operation)
-        metrics.BATCHES.observe(rows, operation)
+        metrics.STATEMENTS.labels(operation).observe(seconds)
+        metrics.BATCHES.labels(operation).observe(rows)
         if error is not None:
             metrics.ERRORS.labels(type(error).__name__).inc()
             self.outage.failure(operation, error, time.monotonic())

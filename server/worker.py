@@ -1,13 +1,6 @@
 """The gunicorn worker that serves hello: llhttp parses requests, gevent runs a greenlet for each connection.
 
-Differences from gunicorn's own gevent worker, each with a test in tests/test_server.py or tests/resilience:
-- Each phase of a connection (idle, head, content, sending) has a time limit of its own.
-- Protocol errors are JSON, and no part of a request is in them or in the log.
-- A worker that stops answers what has arrived, closes idle connections and resets none.
-- A connection is closed in a way that does not destroy the response that was just sent.
-
-It serves applications that return their content as a list and do not call `write`, as hello does. server/options.py
-refuses the options of gunicorn that have no effect on it.
+It serves applications that return their content as a list and do not call `write` (PEP 3333), as hello does.
 """
 
 import ctypes
@@ -18,43 +11,35 @@ import socket
 import struct
 import sys
 import termios
-from collections.abc import Callable
 from contextlib import suppress
 from email.utils import formatdate
 from enum import Enum
 from functools import lru_cache
 from time import monotonic, time
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 from wsgiref.types import WSGIEnvironment
 
 import gevent
-from gevent.pool import Pool
 from gunicorn.arbiter import Arbiter
 from gunicorn.workers import ggevent
 
 from server import settings
 from server.listener import Listener
 from server.parser import BAD_CONTENT, LATE, ProtocolError, Request
+from server.telemetry import TelemetryMiddleware
 
-if TYPE_CHECKING:
-    from server.telemetry import TelemetryMiddleware
-
-READ = 1  # the event of gevent's watchers
 RECEIVE_BYTES = 8192
 DRAIN_BYTES = 65536
 DRAIN_SECONDS = 1  # a connection that is being closed is read for this long
-# A stopping worker keeps idle connections for this long, because a request may be on its way, and accepts further ones,
-# because the workers that replace it after SIGHUP are not ready at once.
+# A stopping worker keeps connections that are idle for less than this, because a request may be on its way, and accepts
+# new ones for as long, because the workers that replace it after SIGHUP are not ready at once.
 STOPPING_SECONDS = 1
+EXIT_SECONDS = 0.5  # a stopping worker ends so long before gunicorn would kill it
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # a struct linger: l_onoff, l_linger
 SWEEP_SECONDS = 0.1  # between two checks of the time limits
 TRIM_SECONDS = 5  # between two times that freed memory goes back to the system
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGQUIT, signal.SIGINT}
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-
-ResponseHeaders = list[tuple[str, str]]
-Write = Callable[[bytes], object]
-
 
 # What a connection does; in the first three phases it waits for its client.
 Phase = Enum("Phase", ["IDLE", "HEAD", "CONTENT", "APPLICATION", "SEND", "CLOSE"])
@@ -76,18 +61,13 @@ def return_memory() -> None:
         malloc_trim(0)  # takes less than a millisecond, or some if there is much to give back
 
 
-def write(data: bytes) -> NoReturn:
-    """Raise: PEP 3333's `write` is not supported."""
-    raise NotImplementedError("return the content instead")
-
-
 class ClientConnection:
     """A client's connection: its requests are read and answered one after the other."""
 
     def __init__(self, worker: "Worker", client: Any) -> None:
         self.worker = worker
         self.socket = client
-        self.readable = gevent.get_hub().loop.io(client.fileno(), READ)
+        self.readable = gevent.get_hub().loop.io(client.fileno(), 1)  # readable
         self.common = worker.common_environ(client.getsockname())
         self.request = Request(self.common)
         self.unread = b""  # what has arrived behind the request
@@ -106,9 +86,12 @@ class ClientConnection:
             self.serve_requests()
             if self.phase is SEND:
                 self.close_gently()
-        except OSError:
-            pass  # the client went away
+        except Exception as error:
+            has_left = isinstance(error, OSError) and self.phase is not APPLICATION
+            if not has_left:
+                self.worker.log.error("uncaught exception", exc_info=error)
         finally:
+            self.worker.connections.remove(self)
             self.readable.close()
             self.socket.close()
 
@@ -121,11 +104,7 @@ class ClientConnection:
             self.refuse(error)
 
     def read_request(self) -> bool:
-        """Read a request; return False if the client sends none.
-
-        Raises:
-            ProtocolError: the request is refused.
-        """
+        """Read a request; return False if the client sends none; raise ProtocolError if it is refused."""
         request = self.request
         while not request.is_complete:
             data = self.unread or self.receive()
@@ -147,7 +126,7 @@ class ClientConnection:
             self.enter(HEAD, settings.HEAD_TIMEOUT)
         elif request.environ is not None and self.phase is not CONTENT:
             self.enter(CONTENT, settings.CONTENT_TIMEOUT)
-        # Without it, a client that sends without a pause would keep the worker; and recv would mostly fail once.
+        # A client that sends without a pause would keep the worker; and the first recv would mostly find nothing.
         gevent.get_hub().wait(self.readable)
         data: bytes = self.socket.recv(RECEIVE_BYTES)
         return data
@@ -165,10 +144,9 @@ class ClientConnection:
         with suppress(OSError):  # the client went away
             self.socket.shutdown(socket.SHUT_RDWR if self.phase is SEND else socket.SHUT_RD)
 
-    def start_response(self, status: str, headers: ResponseHeaders, exc_info: object = None) -> Write:
+    def start_response(self, status: str, headers: list[tuple[str, str]], exc_info: object = None) -> None:
         """Keep the head of the response to the request that is being answered (PEP 3333)."""
         self.status, self.headers = status, headers
-        return write
 
     def answer(self) -> bool:
         """Answer the request; return whether another may follow."""
@@ -176,7 +154,8 @@ class ClientConnection:
         environ = self.request.environ
         content = b"".join(self.worker.wsgi(environ, self.start_response))
         # The worker may have been told to stop meanwhile. What has arrived by then is answered too.
-        is_last = self.request.is_last or not (self.worker.alive or self.has_more())
+        is_stopping = not self.worker.alive and not self.has_more()
+        is_last = self.request.is_last or self.is_late or is_stopping
         self.respond(self.status, self.headers, content, is_last=is_last)
         return not is_last
 
@@ -198,12 +177,13 @@ class ClientConnection:
         if method == "HEAD":
             content = b""
         if telemetry := self.worker.telemetry:
-            request_id = telemetry.protocol_error(method, error.status.value, len(content))
+            environ = self.request.environ or {}
+            request_id = telemetry.protocol_error(environ, method, error.status.value, len(content))
             headers.append(("X-Request-Id", request_id))
         status = f"{error.status.value} {error.status.phrase}"
         self.respond(status, headers, content, is_last=True)
 
-    def respond(self, status: str, headers: ResponseHeaders, content: bytes, *, is_last: bool) -> None:
+    def respond(self, status: str, headers: list[tuple[str, str]], content: bytes, *, is_last: bool) -> None:
         """Send a response, head and content together."""
         start = response_start(status, int(time()), is_last)
         lines = [start, *map(": ".join, headers), "", ""]
@@ -229,15 +209,11 @@ class ClientConnection:
 
 
 class Worker(ggevent.GeventWorker):
-    """Serve keep-alive connections, one greenlet each.
-
-    Attributes:
-        telemetry: None, or what counts and logs protocol errors; gunicorn's hook `post_worker_init` may set it.
-    """
+    """Serve keep-alive connections, one greenlet each; server/hooks.py sets `telemetry` and `number`."""
 
     wsgi: Any  # the application; the stub of gunicorn has a type that is not PEP 3333's
-    telemetry: "TelemetryMiddleware | None" = None
-    number: int  # 1 for the first worker; gunicorn's hook `pre_fork` sets it
+    telemetry: TelemetryMiddleware | None = None  # counts and logs protocol errors
+    number: int  # 1 for the first worker
 
     def init_process(self) -> None:
         """Start the worker; block the stop signals until their handlers are set."""
@@ -246,19 +222,15 @@ class Worker(ggevent.GeventWorker):
         super().init_process()
 
     def load_wsgi(self) -> None:
-        """Load the application; if it exits, for a wrong setting, stop the server with the first worker's message.
-
-        gunicorn would go on to replace the worker for ever.
-        """
+        """Load the application; if it exits, end the server with its message: gunicorn would retry for ever."""
         try:
             super().load_wsgi()
         except SystemExit as error:
-            if self.number == 1:
-                print(error, file=sys.stderr)
-                sys.exit(Arbiter.WORKER_BOOT_ERROR)
-            while self.alive:  # until gunicorn stops the others
-                gevent.sleep(SWEEP_SECONDS)
-            sys.exit()
+            gevent.sleep((self.number - 1) / 2)  # the first worker that exits stops the others, so one prints
+            if not self.alive:
+                sys.exit()
+            print(error, file=sys.stderr)
+            sys.exit(Arbiter.WORKER_BOOT_ERROR)
 
     def init_signals(self) -> None:
         """Set the signal handlers."""
@@ -267,11 +239,9 @@ class Worker(ggevent.GeventWorker):
 
     def run(self) -> None:
         """Serve until told to stop; then answer what has arrived, for `graceful_timeout` seconds at most."""
-        listeners = []
-        for each in self.sockets:
-            listener = Listener(each, self.serve, spawn=Pool(self.worker_connections))
+        listeners = [Listener(each, self.serve, spawn=self.worker_connections) for each in self.sockets]
+        for listener in listeners:
             listener.start()
-            listeners.append(listener)
         gevent.spawn(return_memory)
         while self.alive:
             self.sweep()
@@ -281,16 +251,13 @@ class Worker(ggevent.GeventWorker):
         for listener in listeners:
             listener.close()
         self.sweep()
-        while self.connections and monotonic() < stopped + self.cfg.graceful_timeout:
+        while self.connections and monotonic() < stopped + self.cfg.graceful_timeout - EXIT_SECONDS:
             self.sweep()
         if self.connections:
             self.log.warning("Worker graceful timeout (pid:%s)", self.pid)
 
     def sweep(self) -> None:
-        """Tell gunicorn that this worker lives, expire connections, and leave the processor to them for a moment.
-
-        One sweep over all connections is cheaper than a timer for each.
-        """
+        """Tell gunicorn that this worker lives, and expire connections: cheaper than a timer for each."""
         self.notify()
         now = monotonic()
         for connection in list(self.connections):
@@ -304,19 +271,12 @@ class Worker(ggevent.GeventWorker):
         """Serve one connection."""
         connection = ClientConnection(self, client)
         self.connections.add(connection)
-        try:
-            connection.serve()
-        finally:
-            self.connections.remove(connection)
+        connection.serve()
 
     def common_environ(self, server: Any) -> WSGIEnvironment:
-        """Return what the environs of all requests of a connection have in common (PEP 3333).
-
-        Args:
-            server: the server's address on it, a tuple, or a path for a Unix socket, which has neither host nor port.
-        """
+        """Return what the environs of all requests of a connection have in common (PEP 3333)."""
         host, port = settings.HOST, settings.PORT
-        if isinstance(server, tuple):
+        if isinstance(server, tuple):  # not the path of a Unix socket
             host, port = server[:2]
         return {
             "SCRIPT_NAME": "",

@@ -166,19 +166,22 @@ def test_an_exception_is_logged_by_its_class_and_location_only() -> None:
     assert "Quetzalcoatl" not in str(line)
 
 
-def test_an_exception_that_nothing_caught_is_logged_without_its_text(database: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / "broken.py").write_text("""if True:
+@pytest.mark.parametrize("error", ["RuntimeError", "TimeoutError"])  # a TimeoutError is an OSError, and no client's
+def test_an_exception_that_nothing_caught_is_logged_without_its_text(
+    database: dict[str, str], tmp_path: Path, error: str
+) -> None:
+    (tmp_path / "broken.py").write_text(f"""if True:
         import hello
         def application(environ, start_response):
             if environ["PATH_INFO"] == "/hello/Quetzalcoatl":
-                raise RuntimeError(environ["PATH_INFO"])
+                raise {error}(environ["PATH_INFO"])
             return hello.application(environ, start_response)
     """)
     prefix = ["sh", "-c", 'exec "$1" broken:application', "sh"]
     with MonitoredService(tmp_path, database, prefix=prefix, PYTHONPATH=str(tmp_path)) as service:
         assert exchange(service.port, b"GET /hello/Quetzalcoatl HTTP/1.1\r\nHost: a\r\n\r\n") == b""
         [line] = service.wait_for_lines(1, "uncaught")
-        assert re.fullmatch(r"RuntimeError at broken\.py:5 in application", line["exception"])
+        assert re.fullmatch(rf"{error} at broken\.py:5 in application", line["exception"])
         assert "Quetzalcoatl" not in service.log_text()
 
 

@@ -187,7 +187,7 @@ def test_client_that_came_before_the_start_on_a_socket_of_systemd_is_answered(
 SUPPORTED = {
     *("bind", "backlog", "workers", "worker_connections", "timeout", "graceful_timeout", "reuse_port", "chdir"),
     *("reload", "reload_engine", "reload_extra_files", "spew", "check_config", "print_config", "config", "wsgi_app"),
-    *("daemon", "enable_stdio_inheritance", "pidfile", "worker_tmp_dir", "user", "group", "umask", "initgroups"),
+    *("enable_stdio_inheritance", "pidfile", "worker_tmp_dir", "user", "group", "umask", "initgroups"),
     *("pythonpath", "proc_name", "default_proc_name", "logconfig_dict", "control_socket_disable"),
     *("on_starting", "on_reload", "when_ready", "pre_fork", "post_fork", "post_worker_init", "worker_int"),
     *("worker_abort", "pre_exec", "child_exit", "worker_exit", "nworkers_changed", "on_exit"),

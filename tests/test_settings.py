@@ -1,6 +1,7 @@
 """The settings of the server: every one of them read, bounded, and rejected in one line."""
 
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from server import hooks, settings
+from server import settings
 from server.settings import SETTINGS, Setting
 from tests.support.network import free_port
 
@@ -73,10 +74,8 @@ def test_a_right_value_is_read(monkeypatch: pytest.MonkeyPatch, name: str, value
 
 def read_again(setting: Setting) -> int | float | str:
     """Read a setting as settings.py does, from the environment of now."""
-    if setting.choices:
-        return settings.word(setting.name, setting.choices, str(setting.default), setting.meaning)
     if isinstance(setting.default, str):
-        return settings.host(setting.name, setting.default, setting.meaning)
+        return settings.word(setting.name, setting.default, setting.meaning, setting.choices)
     assert setting.minimum is not None
     assert setting.maximum is not None
     return settings.number(
@@ -122,7 +121,7 @@ def test_a_wrong_value_of_the_application_stops_gunicorn_with_one_line(name: str
 def test_the_addresses_of_the_service(monkeypatch: pytest.MonkeyPatch, metrics_port: int, addresses: list[str]) -> None:
     monkeypatch.setattr(settings, "HOST", "::1")
     monkeypatch.setattr(settings, "METRICS_PORT", metrics_port)
-    assert hooks.bind_addresses() == addresses
+    assert runpy.run_path(str(ROOT / "gunicorn.conf.py"))["bind"] == addresses
 
 
 def test_the_attribute_of_each_setting_has_its_name_and_type() -> None:

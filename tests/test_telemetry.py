@@ -11,10 +11,8 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-import prometheus_client
 import psycopg2
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 import hello
@@ -177,23 +175,6 @@ def test_metrics_tell_what_runs(shared: MonitoredService) -> None:
     version = ".".join(map(str, sys.version_info[:3]))
     [(labels, value)] = shared.metrics()["hello_build_info"].items()
     assert (sorted(labels), value) == (sorted([hello.__version__, version]), 1)
-
-
-# --- Histogram --------------------------------------------------------------------------------------
-
-
-def test_a_histogram_says_the_same_as_one_of_prometheus_client(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, theirs = CollectorRegistry(), CollectorRegistry()
-    monkeypatch.setattr(metrics, "REGISTRY", ours)
-    bounds = (0.5, 1, 2.5)
-    own = metrics.Histogram("seconds", "Seconds.", ["word"], bounds)
-    model = prometheus_client.Histogram("seconds", "Seconds.", ["word"], registry=theirs, buckets=bounds)
-    own.start("none")
-    model.labels("none")
-    for value in (0, 0.4, 0.5, 0.6, 1, 2.5, 2.6, 100):
-        own.observe(value, "some")
-        model.labels("some").observe(value)
-    assert generate_latest(ours) == generate_latest(theirs)
 
 
 # --- Snapshots --------------------------------------------------------------------------------------
