@@ -11,7 +11,7 @@ bind = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port i
 worker_class = "server.worker.Worker"
 workers = settings.WEB_CONCURRENCY
 worker_connections = settings.WORKER_CONNECTIONS
-# Below the 10 s that Docker waits between SIGTERM and SIGKILL.
+# 8 s by default: Docker waits 10 s between SIGTERM and SIGKILL.
 graceful_timeout = settings.GRACEFUL_TIMEOUT
 # A worker whose event loop has not run for this long is replaced. It does not bound a request.
 timeout = 30

@@ -9,7 +9,7 @@ PUT /hello/<username> with {"dateOfBirth": "YYYY-MM-DD"} saves or replaces it an
 answers {"message": "Hello, <username>! Your birthday is in N day(s)"}. ROUTES lists all paths; HEAD and OPTIONS work on
 each. Every error is {"message": "<what is wrong and what would be right>"}.
 
-Settings are the environment variables below and those of libpq (PGHOST, PGUSER, ...).
+Settings are the environment variables below, HOST and PORT (in serve), and those of libpq (PGHOST, PGUSER, ...).
 """
 
 import contextlib
@@ -104,10 +104,10 @@ BATCH_SIZE = number("BATCH_SIZE", 100, "requests", 1, "Requests that may share o
 QUEUE_TIMEOUT = number("QUEUE_TIMEOUT", 1.5, "seconds", 0.001, "Time a request waits for a connection")
 CONNECT_TIMEOUT = number("CONNECT_TIMEOUT", 1.0, "seconds", 0.001, "Time an attempt to connect may take")
 STATEMENT_TIMEOUT = number("STATEMENT_TIMEOUT", 1.0, "seconds", 0.001, "Time Postgres may work on a statement")
-# At most JOIN_SECONDS: if writes waited longer for a lock, batches would queue behind a locked row.
+# Less than half of JOIN_SECONDS: a batch with a locked row waits twice, and meanwhile only one new batch should begin.
 LOCK_TIMEOUT = number("LOCK_TIMEOUT", 0.15, "seconds", 0.001, "Time a write may wait for a lock of another transaction")
 DATABASE_TIMEOUT = number("DATABASE_TIMEOUT", 3.0, "seconds", 0.001, "Time for connecting and for a statement together")
-JOIN_SECONDS = QUEUE_TIMEOUT / 10  # others may join a batch for this time, so that its first request is not late
+JOIN_SECONDS = QUEUE_TIMEOUT / 4  # others may join a batch for this time: the last one gets 503 together with the first
 INIT_TIMEOUT = number("INIT_TIMEOUT", 60.0, "seconds", 0.001, "Time `python hello.py init-db` waits for the database")
 
 MAX_CONTENT_BYTES = 4096
@@ -174,8 +174,8 @@ SAVE_DATES_OF_BIRTH = """
     INSERT INTO users (username, date_of_birth) VALUES {rows}
     ON CONFLICT (username) DO UPDATE SET date_of_birth = EXCLUDED.date_of_birth
 """
-# Sent as one query string, which Postgres runs as one transaction. SET LOCAL ends with it: PgBouncer lends the session
-# to others.
+# {...} is filled in here, %s by psycopg2. Postgres runs one query string as one transaction. SET LOCAL ends with it,
+# because PgBouncer lends the session to others.
 READ = """
     SET LOCAL statement_timeout = %s;
     SET LOCAL transaction_read_only = on;
@@ -183,8 +183,8 @@ READ = """
 """
 # COMMIT is sent after Postgres has answered this, and only if the answer was in time. So a statement that reaches
 # Postgres late is never committed. Until the COMMIT arrives, or idle_in_transaction_session_timeout ends the
-# transaction, its rows are locked: nobody saves a newer date in between. client_min_messages lets the warnings of the
-# COMMIT through, which are failures.
+# transaction, its rows are locked: nobody saves a newer date in between. The warnings of COMMIT are failures, also if
+# the role hides them: client_min_messages.
 WRITE = """
     BEGIN;
     SET LOCAL statement_timeout = %s;
@@ -195,8 +195,8 @@ WRITE = """
 """
 COMMIT = "COMMIT"
 ROLLBACK = "ROLLBACK"
-# The start time identifies the server. The count is of the role's commits that have waited for a standby for more than
-# %s seconds.
+# The start time identifies the server. The count is of the role's commits that wait for a standby (SyncRep) for more
+# than %s seconds.
 ABOUT_SERVER = """
     SELECT extract(epoch FROM pg_postmaster_start_time())::text,
         (SELECT count(*) FROM pg_stat_activity WHERE usename = current_user AND wait_event = 'SyncRep'
@@ -295,7 +295,7 @@ def content_length(environ: WSGIEnvironment) -> int | None:
     """Return the stated Content-Length in bytes; None for chunked content, which the server ends; or 400."""
     stated = environ.get("CONTENT_LENGTH")
     if not stated:
-        return None if environ.get("wsgi.input_terminated") else 0
+        return None if environ.get("wsgi.input_terminated") else 0  # of gunicorn, not of PEP 3333
     try:
         length = int(stated)
     except ValueError:
@@ -400,7 +400,7 @@ ROUTES: dict[str, dict[str, Callable[..., Response]]] = {
 
 
 def route(environ: WSGIEnvironment) -> Response:
-    """Call the handler of the path and the method, or 404, 405; put the path's template into `hello.route`."""
+    """Call the handler of the path and the method; or 404, 405. Set `hello.route` to the path's template."""
     path = environ.get("PATH_INFO", "")
     template = USER_ROUTE if path.startswith("/hello/") else path
     if template not in ROUTES:
@@ -456,17 +456,17 @@ def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iter
 # What a PUT is promised, and what keeps it:
 # - 204: Postgres has committed the row, and the synchronous standby has it if there is one. After a warning of the
 #   COMMIT, or while earlier commits wait for the standby, it is 503.
-# - 503: what was not committed will not be, because no COMMIT follows. The 503 after a lost COMMIT is held back until
-#   Postgres can no longer begin to commit. A commit that it has begun may still wait for the standby, and become
-#   visible later.
+# - 503: it is not committed and never will be, with two exceptions. UnconfirmedWrite is committed. After LostCommit it
+#   may be: the 503 waits until Postgres can no longer begin to commit. A commit that it has begun may still wait for
+#   the standby, and become visible later.
 # - A PUT that got 503 never overwrites a later one that got 204: nothing that may have been committed is sent again,
-#   and a transaction without its COMMIT keeps its rows locked.
+#   and a transaction that waits for its COMMIT keeps its rows locked.
 #
-# The name of an error's class is its label in the metrics. Its base class decides which of the tuples below have it.
+# The name of an error's class is its label in the metrics. Its base class puts it into ROW_ERRORS or LASTING_ERRORS.
 
 
 class HostNotFound(psycopg2.OperationalError):
-    """No name server knows an address of a host in PGHOST."""
+    """No host in PGHOST has an address."""
 
 
 class LostConnection(psycopg2.OperationalError):
@@ -474,7 +474,7 @@ class LostConnection(psycopg2.OperationalError):
 
 
 class LostCommit(psycopg2.OperationalError):
-    """Postgres has not answered to COMMIT. From a moment (monotonic seconds) on, it does not begin to commit."""
+    """Postgres has not answered to COMMIT. After `final_at` (monotonic seconds) it does not begin to commit."""
 
     def __init__(self, reason: str, final_at: float) -> None:
         super().__init__(reason)
@@ -495,7 +495,7 @@ class UnreadableRow(psycopg2.DataError):
 
 # While serving, each of these is a 503. Any other exception is a bug.
 DATABASE_ERRORS = (psycopg2.Error, TimeoutError)
-# One row can cause these, and they undo the whole statement. ConnectionFailure: Citus lost the node of that row.
+# One row can cause these, and they undo the whole statement. ConnectionFailure: a Citus cluster has lost its node.
 ROW_ERRORS = (
     psycopg2.DataError,
     psycopg2.IntegrityError,
@@ -514,21 +514,21 @@ LASTING_ERRORS = (
 def is_lost(error: psycopg2.Error) -> bool:
     """Return whether an error says that the connection is lost.
 
-    It is one of libpq, which has no SQLSTATE, or one of PgBouncer, which is FATAL and of class 08. After another FATAL
-    error, which is of Postgres, Connection.is_open finds that the connection is closed.
+    Such an error is of libpq, without an SQLSTATE, or of PgBouncer: FATAL, of class 08. A FATAL error of Postgres is
+    not: after it, Connection.is_open finds that the connection is closed.
     """
     if error.pgcode is None:
-        return not isinstance(error, psycopg2.ProgrammingError)  # of psycopg2: a mistake in this module
+        return not isinstance(error, psycopg2.ProgrammingError)  # which is a mistake in this module
     return error.pgcode.startswith("08") and error.diag.severity_nonlocalized == "FATAL"
 
 
 # --- Postgres: hosts --------------------------------------------------------------------------------
 LOOKUP_INTERVAL = 0.002  # seconds between two looks at the lookups that have begun
-LOOKUP_LIFETIME = 5.0  # seconds; an attempt to connect uses what the name server has answered after the last attempt
+LOOKUP_LIFETIME = 5.0  # seconds; an answer that comes too late for one attempt to connect serves the next ones
 
 
 class Address(NamedTuple):
-    """An address of a host in PGHOST; `hostaddr` is empty if libpq has nothing to look up."""
+    """A host in PGHOST, its IP address (empty if libpq has nothing to look up) and its port: three options of libpq."""
 
     host: str
     hostaddr: str
@@ -635,7 +635,7 @@ class Connection:
 
     Attributes:
         opened: when it began to be opened, in monotonic seconds.
-        server_id: which server it leads to.
+        server_id: which server it led to when it was opened; behind a pooler that may change.
         stuck_commits: how many commits of the role had waited too long for a standby when it was asked.
         end_of_write: COMMIT; the trial of init-db sets ROLLBACK.
     """
@@ -646,7 +646,7 @@ class Connection:
         self.opened = monotonic()
         self.end_of_write = COMMIT
         options = connection_options(self.addresses)
-        self.psycopg = psycopg2.connect("", async_=True, **options)
+        self.psycopg = psycopg2.connect(async_=True, **options)
         self.wait(deadline)
         self.ask_about_server(deadline)
 
@@ -660,8 +660,8 @@ class Connection:
         """Wait until Postgres has answered; after a TimeoutError the connection is closed.
 
         Args:
-            is_sent: the statement has left. Then this waits for the socket before the first poll, which could find the
-                answer at once: while it waits, gevent reads other clients, whose requests share the next statement.
+            is_sent: the statement has left: wait before the first poll, even if the answer may be there. Meanwhile
+                gevent reads other clients, whose requests share the next statement.
         """
         try:
             state = extensions.POLL_READ if is_sent else self.psycopg.poll()
@@ -715,8 +715,8 @@ class Connection:
     def is_open(self) -> bool:
         """Return whether neither side has closed the connection."""
         try:
-            self.psycopg.poll()  # the server may have sent why it closes the connection
-            self.psycopg.poll()  # the end of what it sent is an error
+            self.psycopg.poll()  # reads what the server may have sent, such as why it closes
+            self.psycopg.poll()  # raises an error if that was the last
         except psycopg2.Error:
             return False
         return True
@@ -733,7 +733,7 @@ class Connection:
         for address in self.addresses:
             if (address.host, address.port or DEFAULT_PORT) == host_and_port:
                 failed_at[address] = monotonic()
-                return  # psycopg2 does not tell which address of a host it was; the next time, it is another one
+                return  # the first one: psycopg2 does not tell which it was. The next time, another one is the first
 
 
 def connection_options(addresses: list[Address]) -> dict[str, Any]:
@@ -741,7 +741,7 @@ def connection_options(addresses: list[Address]) -> dict[str, Any]:
     options: dict[str, Any] = {
         "fallback_application_name": "hello",
         "client_encoding": "UTF8",
-        "tcp_user_timeout": milliseconds(CONNECT_TIMEOUT),
+        "tcp_user_timeout": milliseconds(CONNECT_TIMEOUT),  # for data that is not acknowledged
     }
     if addresses:
         options["host"] = ",".join([address.host for address in addresses])
@@ -749,7 +749,7 @@ def connection_options(addresses: list[Address]) -> dict[str, Any]:
         options["port"] = ",".join([address.port for address in addresses])
     hosts = os.environ.get("PGHOSTADDR") or os.environ.get("PGHOST", "")
     if "," in hosts and not os.environ.get("PGTARGETSESSIONATTRS"):
-        options["target_session_attrs"] = "read-write"
+        options["target_session_attrs"] = "read-write"  # only one of several hosts is the primary
     return options
 
 
@@ -775,9 +775,9 @@ def connect(deadline: float) -> Connection:
 class LastWrites:
     """Tells which connections may lead to an old server, which still answers after a failover, with old rows.
 
-    A connection to another server than that of the last write must be replaced if it was opened
-    - before this process first wrote to that server, or
-    - more than DATABASE_TIMEOUT before the last write: a younger one may lead to a newer server still.
+    A connection is replaced if its server is not that of the last write, and it was opened
+    - before the first write to the server of the last write, or
+    - more than DATABASE_TIMEOUT before the last write. A younger one may lead to a server newer than that.
     """
 
     def __init__(self) -> None:
@@ -834,7 +834,7 @@ def write(
     check_standby(connection, deadline)
     idle_limit = deadline - monotonic()
     rows = begin_write(connection, statement, parameters, deadline, idle_limit)
-    # Postgres began to wait for the COMMIT when it sent its answer, which was before now: then it waits no more.
+    # Postgres began to wait for the COMMIT before now, for idle_limit: at `final_at` the transaction has ended.
     final_at = monotonic() + idle_limit
     commit(connection, deadline, final_at)
     last_writes.note(connection.server_id)
@@ -848,7 +848,7 @@ def check_standby(connection: Connection, deadline: float) -> None:
     if connection.stuck_commits:
         connection.abandon()  # perhaps another server has been promoted
         pause = min(CONNECT_TIMEOUT, deadline - monotonic())
-        sleep(max(0, pause))  # each attempt costs a connection
+        sleep(max(0, pause))  # the next write opens a connection: not more often than this
         raise StandbyMissing("earlier writes still wait for a synchronous standby")
 
 
@@ -906,7 +906,7 @@ def find(
 
 
 def save(connection: Connection, dates: ByUser, deadline: float) -> ByUser:
-    """Save the date of birth of each user."""
+    """Save the date of birth of each user; return None for each, which is a result."""
     rows = sorted(dates.items())  # in one order, so that two statements do not deadlock
     placeholders = ", ".join(["%s"] * len(rows))  # psycopg2 writes a pair in parentheses
     statement = SAVE_DATES_OF_BIRTH.format(rows=placeholders)
@@ -930,14 +930,14 @@ class Slot:
         self.connection: Connection | None = None
 
     def ready(self, deadline: float) -> Connection:
-        """Return the connection, or a new one if there is none, if it is closed, or if its server may be an old one."""
+        """Return the connection, or a new one if it is missing or closed, or may lead to an old server."""
         old = self.connection
         if old and last_writes.must_replace(old):
             old.abandon()
         elif old and old.is_open():
             return old
         elif old:
-            old.close()
+            old.close()  # our side, too
         self.connection = connect(deadline)
         return self.connection
 
@@ -987,7 +987,7 @@ class Batch:
         self.began = monotonic()
         self.request_count = 0
         self.rows: ByUser = {}
-        self.results: ByUser = {}  # a user who has none gets 503
+        self.results: ByUser = {}  # also None; a user who is not in it gets 503
         self.bug: Exception | None = None  # then 500
         self.final_at = 0.0  # monotonic seconds; a 503 waits until then, because a lost COMMIT may still reach Postgres
         self.done = threading.Event()
@@ -1010,7 +1010,7 @@ class Batcher:
     Args:
         operation: runs the statement; takes a connection, a value for each user, and a deadline in monotonic seconds;
             returns a result for each user.
-        pool: whose connections it uses; operations that write share one.
+        pool: whose connections it uses.
 
     Attributes:
         observe: is called after each statement with the operation's name, the number of requests, the seconds that it
@@ -1075,18 +1075,18 @@ class Batcher:
             with self.pool.slot(QUEUE_TIMEOUT) as slot:
                 self.stop_joining(batch)
                 self.run(slot, batch)
-                batch.done.set()
+                batch.done.set()  # its requests are answered while this lingers
                 self.linger()
         except PoolTimeout:
             return  # without results
         except Exception as error:
             batch.bug = error
-        finally:  # whatever has happened
+        finally:  # also after PoolTimeout, or if this request is killed
             self.stop_joining(batch)
             batch.done.set()
 
     def linger(self) -> None:
-        """Keep the connection for a moment: the clients just answered can send requests that join the waiting batch."""
+        """Keep the connection for one turn of the event loop, in which more requests can join the batch that waits."""
         if self.waiting:
             sleep(YIELD_SECONDS)
 
@@ -1131,8 +1131,8 @@ class Batcher:
                 batch.final_at = error.final_at
             self.observe(self.name, requests, monotonic() - start, error)
             raise
-        except BaseException:  # the WSGI server kills this request, perhaps during a COMMIT
-            batch.final_at = deadline
+        except BaseException:  # a bug, or the WSGI server kills this request, perhaps during a COMMIT
+            batch.final_at = monotonic() + DATABASE_TIMEOUT
             raise
         batch.results.update(results)
         self.observe(self.name, requests, monotonic() - start, None)

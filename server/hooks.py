@@ -19,7 +19,7 @@ def on_starting(server: Any) -> None:
 
 
 def pre_fork(server: Any, worker: Any) -> None:
-    """Give the worker the lowest free number; it continues the metrics of the last worker with that number."""
+    """Give the worker the lowest free number: it goes on with the metrics of the last worker that had it."""
     taken = {other.number for other in server.WORKERS.values()}
     worker.number = 1
     while worker.number in taken:

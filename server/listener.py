@@ -1,7 +1,7 @@
 """Accept connections, and stop accepting them without a reset."""
 
 import contextlib
-from os import close as close_at_once  # of the system; gevent would close later, and reset what arrives until then
+from os import close as close_at_once  # before gevent replaces it
 from typing import Any
 
 import gevent
@@ -36,11 +36,11 @@ class Listener(StreamServer):
             self.start_accepting()
 
     def close(self) -> None:
-        """Serve all connections in the accept queue, then close: closing a queue that is not empty resets them."""
+        """Serve all connections in the accept queue, then close: the last worker to close resets those in it."""
         if self.started:
             self.stop_accepting()
             with contextlib.suppress(OSError):  # out of file descriptors
                 while arrival := super().do_read():
                     gevent.spawn(self.handle, *arrival)  # not in the pool, which may be full
-            close_at_once(self.socket.detach())
+            close_at_once(self.socket.detach())  # gevent would close later: what arrives until then would be reset
         super().close()

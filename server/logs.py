@@ -25,7 +25,7 @@ from server import settings
 
 LOG = logging.getLogger("hello")
 STDOUT = 1
-NAMES = {logging.INFO: "info", logging.WARNING: "warning"}
+LEVEL_NAMES = {logging.INFO: "info", logging.WARNING: "warning"}  # of requests
 IS_TEXT = settings.LOG_FORMAT == "text" or (settings.LOG_FORMAT == "auto" and os.isatty(STDOUT))
 MAX_WAITING_LINES = 10_000  # about 5 MB; 1 second of requests at full load
 WRITE_SECONDS = 0.05  # lines are collected for this time: each write wakes the reader
@@ -90,7 +90,7 @@ class LineWriter:
         self.waiting: SimpleQueue[str | Request | None] = SimpleQueue()
         self.refused = 0  # lines that found too many waiting
         self.failed = 0  # lines that could not be written; the thread counts them
-        self.finished: Any = None  # a lock, held by the thread while it runs
+        self.finished: Any = None  # a lock that the thread releases when it ends; None without a thread
 
     @property
     def dropped(self) -> int:
@@ -171,7 +171,7 @@ def log_request(
     """Log a request; with a 5xx it is a warning."""
     level = logging.WARNING if status.startswith("5") else logging.INFO
     if LOG.isEnabledFor(level):
-        WRITER.add((time(), NAMES[level], method, route, status, seconds, size, request_id, trace_id))
+        WRITER.add((time(), LEVEL_NAMES[level], method, route, status, seconds, size, request_id, trace_id))
 
 
 class Handler(logging.Handler):

@@ -9,7 +9,7 @@ from gunicorn.config import make_settings
 
 from server import settings
 
-# What to do instead of some options
+# What to do instead, and the options to which it applies
 REFUSED = {
     "let a proxy in front of the service do it": (
         "certfile", "keyfile", "ca_certs", "ssl_context", "http_protocols", "http2_cleartext", "protocol",
@@ -51,7 +51,8 @@ def check_options(config: Any) -> None:
 
 def check_addresses(addresses: Iterable[Any], *, reuse_port: bool = False) -> None:
     """Exit with one line if a TCP address cannot be listened on: gunicorn would try five times, and log each."""
-    names = {address: f"{name.replace('PORT', 'HOST')} or {name}" for name, address in settings.addresses().items()}
+    advice = {"PORT": "HOST or PORT", "METRICS_PORT": "METRICS_HOST or METRICS_PORT"}
+    names = {address: advice[port] for port, address in settings.addresses().items()}
     for host, port in [address for address in addresses if isinstance(address, tuple)]:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

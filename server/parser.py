@@ -99,7 +99,7 @@ def parse_headers(head: bytes) -> Headers:
     """Return the headers of a whole head."""
     headers = Headers()
     parser = HttpRequestParser(headers)
-    parser.set_dangerous_leniencies(lenient_transfer_encoding=True)  # is_chunked is strict; llhttp refuses a last tab
+    parser.set_dangerous_leniencies(lenient_transfer_encoding=True)  # is_chunked checks more, and accepts a last tab
     try:
         parser.feed_data(head)
     except HttpParserUpgrade:
@@ -131,7 +131,7 @@ def add_headers(environ: WSGIEnvironment, headers: Headers) -> None:
         hosts += key == "HTTP_HOST"
         if key:
             environ[key] = f"{environ[key]},{text}" if key in environ else text
-    if hosts != 1 and (hosts or environ["SERVER_PROTOCOL"] == "HTTP/1.1"):
+    if hosts > 1 or (not hosts and environ["SERVER_PROTOCOL"] == "HTTP/1.1"):
         raise ProtocolError(*NOT_ONE_HOST)
     if hosts and not match_host(environ["HTTP_HOST"]):
         raise ProtocolError(*BAD_HOST)
@@ -185,7 +185,7 @@ def expects_continue(environ: WSGIEnvironment) -> bool:
     expectations = list_elements(environ["HTTP_EXPECT"])
     if any(expectation != "100-continue" for expectation in expectations):
         raise ProtocolError(*BAD_EXPECTATION)
-    if expectations and int(environ.get("CONTENT_LENGTH", 0)) > MAX_CONTENT_BYTES:  # as the application would, later
+    if expectations and int(environ.get("CONTENT_LENGTH", 0)) > MAX_CONTENT_BYTES:  # PUT would be refused later
         raise ProtocolError(*LONG_CONTENT)
     return bool(expectations)
 
@@ -233,7 +233,7 @@ class ChunkReader:
         self.parser.feed_data(CHUNKED_HEAD)
 
     def feed(self, data: bytes) -> bytes:
-        """Take bytes; return those behind the content. llhttp gets none across a blank line, which may be its end."""
+        """Take bytes; return those behind the content. Each part ends at a blank line, where the content may end."""
         while data and not self.content.is_complete:
             found = (self.tail + data).find(BLANK_LINE)
             end = len(data)

@@ -1,14 +1,14 @@
-"""Every setting of the server, read from the environment; hello.py has those of the application."""
+"""Settings of the server, from the environment. hello.py has its own, and the same functions: it needs nothing else."""
 
 import os
 import sys
 from typing import NamedTuple, NoReturn, TypeVar
 
-Value = TypeVar("Value", int, float, str)
+Number = TypeVar("Number", int, float)
 
 
 class Setting(NamedTuple):
-    """An environment variable: a number between two bounds, one of some words (`choices`), or an address."""
+    """An environment variable: a number between two bounds, or a word, perhaps one of `choices`."""
 
     name: str
     default: int | float | str
@@ -22,7 +22,7 @@ class Setting(NamedTuple):
 SETTINGS: dict[str, Setting] = {}
 
 
-def number(name: str, default: Value, unit: str, minimum: float, meaning: str, maximum: float = 1_000_000) -> Value:
+def number(name: str, default: Number, unit: str, minimum: float, meaning: str, maximum: float = 1_000_000) -> Number:
     """Declare and read a number of the default's type; exit with one line if the value is wrong."""
     SETTINGS[name] = Setting(name, default, unit, minimum, meaning, maximum)
     text = os.environ.get(name) or str(default)

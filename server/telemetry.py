@@ -14,7 +14,7 @@ import psycopg2
 from server import metrics, settings
 from server.logs import LOG, log_request
 
-METRICS_PORT = str(settings.METRICS_PORT)  # as SERVER_PORT has it
+METRICS_PORT = str(settings.METRICS_PORT)  # SERVER_PORT is text
 UNMATCHED = "unmatched"  # the route of an unknown path
 PROBES = {"/livez", "/readyz"}  # counted, not logged: probes repeat every few seconds
 
@@ -48,7 +48,7 @@ def reason(error: Exception) -> str:
 
 
 class Outage:
-    """Log two warnings for each outage of the database, at its begin and at its end; times are monotonic seconds."""
+    """Log two warnings for each time that statements fail: at its begin and end. Times are monotonic seconds."""
 
     def __init__(self) -> None:
         self.began: float | None = None
@@ -130,10 +130,10 @@ class TelemetryMiddleware:
         log_request(method, UNMATCHED, str(status), 0, size, request_id, trace_id_of(environ))
         return request_id
 
-    def statement(self, operation: str, rows: int, seconds: float, error: Exception | None) -> None:
+    def statement(self, operation: str, requests: int, seconds: float, error: Exception | None) -> None:
         """Count a statement; log the begin and the end of an outage."""
         metrics.STATEMENTS.labels(operation).observe(seconds)
-        metrics.BATCHES.labels(operation).observe(rows)
+        metrics.BATCHES.labels(operation).observe(requests)
         if error is not None:
             metrics.ERRORS.labels(type(error).__name__).inc()
             self.outage.failure(operation, error, time.monotonic())

@@ -41,7 +41,7 @@ TRIM_SECONDS = 5  # between two times that freed memory goes back to the system
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGQUIT, signal.SIGINT}
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
-# What a connection does; in the first three phases it waits for its client.
+# What a connection does. It waits for its client to send in the first three phases, and to receive in SEND.
 Phase = Enum("Phase", ["IDLE", "HEAD", "CONTENT", "APPLICATION", "SEND", "CLOSE"])
 IDLE, HEAD, CONTENT, APPLICATION, SEND, CLOSE = Phase
 
@@ -67,7 +67,7 @@ class ClientConnection:
     def __init__(self, worker: "Worker", client: Any) -> None:
         self.worker = worker
         self.socket = client
-        self.readable = gevent.get_hub().loop.io(client.fileno(), 1)  # readable
+        self.readable = gevent.get_hub().loop.io(client.fileno(), 1)  # 1 is READ
         self.common = worker.common_environ(client.getsockname())
         self.request = Request(self.common)
         self.unread = b""  # what has arrived behind the request
@@ -126,13 +126,13 @@ class ClientConnection:
             self.enter(HEAD, settings.HEAD_TIMEOUT)
         elif request.environ is not None and self.phase is not CONTENT:
             self.enter(CONTENT, settings.CONTENT_TIMEOUT)
-        # A client that sends without a pause would keep the worker; and the first recv would mostly find nothing.
+        # Other greenlets run while this waits, even if the client never pauses; and recv always finds something.
         gevent.get_hub().wait(self.readable)
         data: bytes = self.socket.recv(RECEIVE_BYTES)
         return data
 
     def check_end(self) -> None:
-        """Raise ProtocolError if the client's data, or its time, ended within a request."""
+        """Raise ProtocolError if the client's time ended within a request, or its data within the content."""
         if self.is_late and self.request.has_begun:
             raise ProtocolError(*LATE)
         if self.request.environ:
@@ -151,8 +151,7 @@ class ClientConnection:
     def answer(self) -> bool:
         """Answer the request; return whether another may follow."""
         self.enter(APPLICATION, math.inf)
-        environ = self.request.environ
-        content = b"".join(self.worker.wsgi(environ, self.start_response))
+        content = b"".join(self.worker.wsgi(self.request.environ, self.start_response))
         # The worker may have been told to stop meanwhile. What has arrived by then is answered too.
         is_stopping = not self.worker.alive and not self.has_more()
         is_last = self.request.is_last or self.is_late or is_stopping
@@ -201,7 +200,7 @@ class ClientConnection:
         self.enter(CLOSE, DRAIN_SECONDS)
         end = self.since + DRAIN_SECONDS
         data = self.socket.recv(DRAIN_BYTES)
-        while (data or self.is_late) and monotonic() < end:
+        while (data or self.is_late) and monotonic() < end:  # after SHUT_RD, recv returns nothing at once
             gevent.sleep(DRAIN_SECONDS / 20)  # a client that sends without end must not keep the worker busy
             data = self.socket.recv(DRAIN_BYTES)
         if data:  # without a reset, Linux lets a client that may not send at this moment wait for a minute
@@ -226,7 +225,7 @@ class Worker(ggevent.GeventWorker):
         try:
             super().load_wsgi()
         except SystemExit as error:
-            gevent.sleep((self.number - 1) / 2)  # the first worker that exits stops the others, so one prints
+            gevent.sleep((self.number - 1) % self.cfg.workers * 2)  # so one prints: its end stops the others within 1 s
             if not self.alive:
                 sys.exit()
             print(error, file=sys.stderr)
@@ -273,11 +272,11 @@ class Worker(ggevent.GeventWorker):
         self.connections.add(connection)
         connection.serve()
 
-    def common_environ(self, server: Any) -> WSGIEnvironment:
+    def common_environ(self, own_address: Any) -> WSGIEnvironment:
         """Return what the environs of all requests of a connection have in common (PEP 3333)."""
         host, port = settings.HOST, settings.PORT
-        if isinstance(server, tuple):  # not the path of a Unix socket
-            host, port = server[:2]
+        if isinstance(own_address, tuple):  # not the path of a Unix socket
+            host, port = own_address[:2]
         return {
             "SCRIPT_NAME": "",
             "SERVER_NAME": host,

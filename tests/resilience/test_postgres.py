@@ -160,18 +160,24 @@ def test_name_server_that_never_answers_does_not_hold_up_a_stop(
     assert server.recv(512)
 
 
+def put_until(end: float, service: Service) -> list[int]:
+    """Send one PUT of the locked row after the other; return their statuses."""
+    statuses = []
+    while time.monotonic() < end:
+        statuses.append(service.put("Locked", "1991-01-01").status)
+    return statuses
+
+
 def test_row_locked_for_long_gives_no_other_user_a_503_at_the_default_settings(
     database: Database, default_service: Service, report: Callable[[str], None]
 ) -> None:
     assert default_service.put("Locked", "1990-01-01").status == 204
-    statuses: list[int] = []
     with Load(default_service, database, 8) as load:
         load.wait_for_answers(50)
         with database.locked("SELECT FROM users WHERE username = 'Locked' FOR UPDATE"):
-            end = time.monotonic() + 5
-            while time.monotonic() < end:
-                attempts = [in_thread(default_service.put, "Locked", "1991-01-01") for _ in range(3)]
-                statuses += [attempt.result().status for attempt in attempts]
+            end = time.monotonic() + 6
+            clients = [in_thread(put_until, end, default_service) for _ in range(32)]  # so each batch has one
+            statuses = [status for client in clients for status in client.result()]
     report(f"{load.report()}; {len(statuses)} PUTs of the locked row")
     assert set(statuses) == {503}
     assert set(load.statuses) == {200, 204}
