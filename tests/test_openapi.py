@@ -68,7 +68,7 @@ REQUESTS = {
     "alive": Request(),
     "ready": Request(),
     "root": Request(method="GET", path="/"),
-    "deleteUser": Request(method="DELETE", path="/hello/Zoe"),
+    "postUser": Request(method="POST", path="/hello/Zoe"),
     "postProbe": Request(method="POST", path="/livez"),
 }
 HEAD = b"GET /livez HTTP/1.1\r\nHost: a\r\n"

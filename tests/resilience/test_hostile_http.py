@@ -37,7 +37,7 @@ def quick_service(database: Database, tmp_path_factory: pytest.TempPathFactory) 
 
 def test_request_hidden_in_a_body_is_not_executed(database: Database, quick_service: Service) -> None:
     inner = b"PUT /hello/Hidden HTTP/1.1\r\nHost: a\r\nContent-Length: 29\r\n\r\n" + DATE
-    for method, status in {"PUT": 400, "GET": 200, "HEAD": 200, "DELETE": 405, "OPTIONS": 204}.items():
+    for method, status in {"PUT": 400, "GET": 200, "HEAD": 200, "POST": 405, "OPTIONS": 204}.items():
         outer = f"{method} /hello/Smuggled HTTP/1.1\r\nHost: a\r\nContent-Length: {len(inner)}\r\n\r\n".encode()
         found = responses(exchange(quick_service.port, outer + inner + SMUGGLED), [method])
         assert [answer.status for answer in found] == [status, 200]

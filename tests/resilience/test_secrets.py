@@ -3,6 +3,7 @@
 import contextlib
 import re
 import ssl
+import time
 from pathlib import Path
 
 import psutil
@@ -10,6 +11,7 @@ import psycopg2
 import pytest
 import trustme
 
+import hello
 from tests.support.load import Load
 from tests.support.network import exchange, tls_proxy
 from tests.support.postgres import PASSWORD, Database
@@ -48,6 +50,16 @@ def test_role_of_the_service_may_not(database: Database, statement: str) -> None
     denied = pytest.raises(psycopg2.errors.InsufficientPrivilege)
     with contextlib.closing(database.connect("hello")) as connection, connection.cursor() as cursor, denied:
         cursor.execute(statement)
+
+
+def test_role_of_the_service_may_do_what_every_operation_does(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in database.service_environment.items():
+        monkeypatch.setenv(name, value)
+    deadline = time.monotonic() + 10
+    with contextlib.closing(hello.connect(deadline)) as connection:
+        hello.try_statements(connection, deadline)
 
 
 def test_process_list_shows_no_password_and_no_name(database: Database, service: Service) -> None:

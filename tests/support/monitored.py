@@ -93,7 +93,7 @@ class MonitoredService(Service):
                 self.ask("GET", "/hello/Nobody")
                 self.ask("GET", "/hello/4")
                 self.ask("PUT", "/hello/Zoe", b"{}")
-                self.ask("DELETE", "/hello/Zoe")
+                self.ask("POST", "/hello/Zoe")
                 self.ask("GET", "/nowhere")
                 self.ask("GET", "/readyz")
 
