@@ -104,10 +104,11 @@ BATCH_SIZE = number("BATCH_SIZE", 100, "requests", 1, "Requests that may share o
 QUEUE_TIMEOUT = number("QUEUE_TIMEOUT", 1.5, "seconds", 0.001, "Time a request waits for a connection")
 CONNECT_TIMEOUT = number("CONNECT_TIMEOUT", 1.0, "seconds", 0.001, "Time an attempt to connect may take")
 STATEMENT_TIMEOUT = number("STATEMENT_TIMEOUT", 1.0, "seconds", 0.001, "Time Postgres may work on a statement")
-# Less than half of JOIN_SECONDS: a batch with a locked row waits twice, and meanwhile only one new batch should begin.
+# A batch takes new requests for this time, so that the last one can still wait for 3/4 of QUEUE_TIMEOUT.
+JOIN_SECONDS = QUEUE_TIMEOUT / 4
+# Less than half of JOIN_SECONDS: a batch with a locked row waits twice, as a whole and for the row (Batcher.run).
 LOCK_TIMEOUT = number("LOCK_TIMEOUT", 0.15, "seconds", 0.001, "Time a write may wait for a lock of another transaction")
 DATABASE_TIMEOUT = number("DATABASE_TIMEOUT", 3.0, "seconds", 0.001, "Time for connecting and for a statement together")
-JOIN_SECONDS = QUEUE_TIMEOUT / 4  # others may join a batch for this time: the last one gets 503 together with the first
 INIT_TIMEOUT = number("INIT_TIMEOUT", 60.0, "seconds", 0.001, "Time `python hello.py init-db` waits for the database")
 
 MAX_CONTENT_BYTES = 4096
@@ -115,6 +116,7 @@ MAX_NAME_LETTERS = 255
 MAX_NAME_BYTES = 2500  # an index entry of Postgres holds at most 2,704 bytes
 DEFAULT_PORT = "5432"
 EXAMPLE = '{"dateOfBirth": "YYYY-MM-DD"}'
+BUG = "This is a bug of the service: its place is in the log."
 LOG = logging.getLogger("hello")
 OPENAPI = Path(__file__).with_name("openapi.yaml").read_bytes()
 SCHEMA = Path(__file__).with_name("schema.sql")
@@ -174,17 +176,16 @@ SAVE_DATES_OF_BIRTH = """
     INSERT INTO users (username, date_of_birth) VALUES {rows}
     ON CONFLICT (username) DO UPDATE SET date_of_birth = EXCLUDED.date_of_birth
 """
-# {...} is filled in here, %s by psycopg2. Postgres runs one query string as one transaction. SET LOCAL ends with it,
-# because PgBouncer lends the session to others.
+# {...} is filled in by str.format, %s by psycopg2. Postgres runs one query string as one transaction. SET LOCAL ends
+# with it, because PgBouncer lends the session to others.
 READ = """
     SET LOCAL statement_timeout = %s;
     SET LOCAL transaction_read_only = on;
     {statement}
 """
-# COMMIT is sent after Postgres has answered this, and only if the answer was in time. So a statement that reaches
-# Postgres late is never committed. Until the COMMIT arrives, or idle_in_transaction_session_timeout ends the
-# transaction, its rows are locked: nobody saves a newer date in between. The warnings of COMMIT are failures, also if
-# the role hides them: client_min_messages.
+# COMMIT is sent only after Postgres has answered WRITE in time. So a statement that reaches Postgres late is never
+# committed. Until the COMMIT arrives, or idle_in_transaction_session_timeout ends the transaction, its rows are locked:
+# nobody saves a newer date in between. COMMIT warns (client_min_messages) if no standby has confirmed it.
 WRITE = """
     BEGIN;
     SET LOCAL statement_timeout = %s;
@@ -296,13 +297,9 @@ def content_length(environ: WSGIEnvironment) -> int | None:
     stated = environ.get("CONTENT_LENGTH")
     if not stated:
         return None if environ.get("wsgi.input_terminated") else 0  # of gunicorn, not of PEP 3333
-    try:
-        length = int(stated)
-    except ValueError:
-        length = -1
-    if length < 0:
+    if not re.fullmatch("[0-9]{1,18}", stated):
         raise HTTPError(400, "The Content-Length must be a number of bytes.")
-    return length
+    return int(stated)
 
 
 def read_content(environ: WSGIEnvironment) -> bytes:
@@ -436,7 +433,7 @@ def respond(environ: WSGIEnvironment) -> Response:
         return message_response(error.status, error.message, *error.headers)
     except Exception as error:
         log_bug(error)
-        return message_response(500, "This is a bug of the service: its place is in the log.")
+        return message_response(500, BUG)
 
 
 def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -456,13 +453,15 @@ def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iter
 # What a PUT is promised, and what keeps it:
 # - 204: Postgres has committed the row, and the synchronous standby has it if there is one. After a warning of the
 #   COMMIT, or while earlier commits wait for the standby, it is 503.
-# - 503: it is not committed and never will be, with two exceptions. UnconfirmedWrite is committed. After LostCommit it
-#   may be: the 503 waits until Postgres can no longer begin to commit. A commit that it has begun may still wait for
-#   the standby, and become visible later.
+# - 503: it is not committed and never will be, except after
+#   UnconfirmedWrite: it is committed, on one server alone;
+#   LostCommit: it may be. The 503 waits until Postgres can no longer begin to commit. A commit that it has begun may
+#   still wait for the standby, and become visible later.
 # - A PUT that got 503 never overwrites a later one that got 204: nothing that may have been committed is sent again,
 #   and a transaction that waits for its COMMIT keeps its rows locked.
 #
-# The name of an error's class is its label in the metrics. Its base class puts it into ROW_ERRORS or LASTING_ERRORS.
+# The name of an error's class is its label in the metrics. An OperationalError is in neither ROW_ERRORS nor
+# LASTING_ERRORS.
 
 
 class HostNotFound(psycopg2.OperationalError):
@@ -514,8 +513,8 @@ LASTING_ERRORS = (
 def is_lost(error: psycopg2.Error) -> bool:
     """Return whether an error says that the connection is lost.
 
-    Such an error is of libpq, without an SQLSTATE, or of PgBouncer: FATAL, of class 08. A FATAL error of Postgres is
-    not: after it, Connection.is_open finds that the connection is closed.
+    Then it is libpq's, without an SQLSTATE, or PgBouncer's, FATAL and of class 08. Postgres' own FATAL errors are not
+    counted: after them, Connection.is_open finds that the connection is closed.
     """
     if error.pgcode is None:
         return not isinstance(error, psycopg2.ProgrammingError)  # which is a mistake in this module
@@ -636,7 +635,7 @@ class Connection:
     Attributes:
         opened: when it began to be opened, in monotonic seconds.
         server_id: which server it led to when it was opened; behind a pooler that may change.
-        stuck_commits: how many commits of the role had waited too long for a standby when it was asked.
+        stuck_commits: how many commits of the role had waited for a standby for DATABASE_TIMEOUT / 2 when it was asked.
         end_of_write: COMMIT; the trial of init-db sets ROLLBACK.
     """
 
@@ -660,8 +659,8 @@ class Connection:
         """Wait until Postgres has answered; after a TimeoutError the connection is closed.
 
         Args:
-            is_sent: the statement has left: wait before the first poll, even if the answer may be there. Meanwhile
-                gevent reads other clients, whose requests share the next statement.
+            is_sent: the statement has left, so wait for the socket before the first poll. While this waits, gevent
+                reads other clients, whose requests share the next statement.
         """
         try:
             state = extensions.POLL_READ if is_sent else self.psycopg.poll()
@@ -707,7 +706,7 @@ class Connection:
 
     def take_warnings(self) -> list[str]:
         """Return the warnings that have come since the last call."""
-        self.psycopg.poll()  # hands over those that came with the last result
+        self.psycopg.poll()  # psycopg2 fills its notices only in a poll
         warnings = list(self.psycopg.notices)
         self.psycopg.notices.clear()
         return warnings
@@ -733,7 +732,7 @@ class Connection:
         for address in self.addresses:
             if (address.host, address.port or DEFAULT_PORT) == host_and_port:
                 failed_at[address] = monotonic()
-                return  # the first one: psycopg2 does not tell which it was. The next time, another one is the first
+                return  # psycopg2 does not tell which of a name's addresses it was: the first, which is then the last
 
 
 def connection_options(addresses: list[Address]) -> dict[str, Any]:
@@ -776,8 +775,8 @@ class LastWrites:
     """Tells which connections may lead to an old server, which still answers after a failover, with old rows.
 
     A connection is replaced if its server is not that of the last write, and it was opened
-    - before the first write to the server of the last write, or
-    - more than DATABASE_TIMEOUT before the last write. A younger one may lead to a server newer than that.
+    - before the first write to the server of the last write: it is from before the failover, or
+    - more than DATABASE_TIMEOUT before the last write. A younger one is kept: its server may be the newer one.
     """
 
     def __init__(self) -> None:
@@ -834,7 +833,7 @@ def write(
     check_standby(connection, deadline)
     idle_limit = deadline - monotonic()
     rows = begin_write(connection, statement, parameters, deadline, idle_limit)
-    # Postgres began to wait for the COMMIT before now, for idle_limit: at `final_at` the transaction has ended.
+    # Postgres' idle time began when it answered, so before now: the transaction has ended at `final_at` at the latest.
     final_at = monotonic() + idle_limit
     commit(connection, deadline, final_at)
     last_writes.note(connection.server_id)
@@ -846,7 +845,7 @@ def check_standby(connection: Connection, deadline: float) -> None:
     if connection.stuck_commits:
         connection.ask_about_server(deadline)
     if connection.stuck_commits:
-        connection.abandon()  # perhaps another server has been promoted
+        connection.abandon()  # the next one tries another server first: it may have been promoted
         pause = min(CONNECT_TIMEOUT, deadline - monotonic())
         sleep(max(0, pause))  # the next write opens a connection: not more often than this
         raise StandbyMissing("earlier writes still wait for a synchronous standby")
@@ -899,7 +898,7 @@ def find(
     users: ByUser,
     deadline: float,
 ) -> ByUser:
-    """Return the date of birth of each user, None if there is none; the values of the users are not used."""
+    """Return the date of birth of each user, None if there is none; of `users`, only the keys count."""
     names = list(users)
     rows = read(connection, FIND_DATES_OF_BIRTH, (names,), deadline)
     return {**dict.fromkeys(names), **dict(rows)}
@@ -987,8 +986,8 @@ class Batch:
         self.began = monotonic()
         self.request_count = 0
         self.rows: ByUser = {}
-        self.results: ByUser = {}  # also None; a user who is not in it gets 503
-        self.bug: Exception | None = None  # then 500
+        self.results: ByUser = {}  # a result may be None; a user without one gets 503
+        self.has_bug = False  # then 500
         self.final_at = 0.0  # monotonic seconds; a 503 waits until then, because a lost COMMIT may still reach Postgres
         self.done = threading.Event()
 
@@ -1013,8 +1012,8 @@ class Batcher:
         pool: whose connections it uses.
 
     Attributes:
-        observe: is called after each statement with the operation's name, the number of requests, the seconds that it
-            took, and its error.
+        observe: is called after each statement, and after an attempt to connect that failed, with the operation's name,
+            the number of requests, the seconds that it took, and its error.
     """
 
     def __init__(self, operation: Operation, pool: Pool) -> None:
@@ -1033,8 +1032,8 @@ class Batcher:
         batch.done.wait()
         if username in batch.results:
             return batch.results[username]
-        if batch.bug:
-            raise batch.bug
+        if batch.has_bug:
+            raise HTTPError(500, BUG)
         if batch.final_at:
             sleep(max(0, batch.final_at - monotonic()))
         raise Unavailable
@@ -1080,7 +1079,8 @@ class Batcher:
         except PoolTimeout:
             return  # without results
         except Exception as error:
-            batch.bug = error
+            log_bug(error)
+            batch.has_bug = True
         finally:  # also after PoolTimeout, or if this request is killed
             self.stop_joining(batch)
             batch.done.set()
@@ -1131,7 +1131,7 @@ class Batcher:
                 batch.final_at = error.final_at
             self.observe(self.name, requests, monotonic() - start, error)
             raise
-        except BaseException:  # a bug, or the WSGI server kills this request, perhaps during a COMMIT
+        except BaseException:  # the WSGI server kills this request, perhaps during a COMMIT
             batch.final_at = monotonic() + DATABASE_TIMEOUT
             raise
         batch.results.update(results)

@@ -399,7 +399,7 @@ def test_put_of_4_kib_is_204_and_of_a_byte_more_413(app: TestApp, table: Databas
     assert table.rows() == {"Zoe": date(1990, 5, 17)}
 
 
-@pytest.mark.parametrize("length", ["-1", "29.0", "a", "0x1d", "9" * 5000])
+@pytest.mark.parametrize("length", ["-1", "+9", "2_9", "29.0", "a", "0x1d", "9" * 5000])
 def test_put_with_an_invalid_content_length_is_400(table: Database, length: str) -> None:
     assert call(**{"CONTENT_LENGTH": length, "wsgi.input": io.BytesIO(padded(5000))}) == "400 Bad Request"
     assert table.rows() == {}

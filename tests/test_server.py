@@ -307,7 +307,7 @@ def test_application_that_exits_when_the_workers_are_replaced_ends_the_service_w
 ) -> None:
     file, prefix, environment = own_application
     file.write_text("from hello import application\n")
-    with Service(tmp_path, database, prefix=prefix, **environment) as service:
+    with Service(tmp_path, database, prefix=prefix, WEB_CONCURRENCY="1", **environment) as service:
         file.write_text("raise SystemExit('a setting is wrong')\n")
         service.process.send_signal(signal.SIGHUP)
         assert service.process.wait(10) == 3

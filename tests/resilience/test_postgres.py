@@ -108,7 +108,7 @@ def silent_resolver(tmp_path: Path) -> Iterator[tuple[list[str], socket.socket]]
     if os.geteuid() != 0 or shutil.which("unshare") is None:
         pytest.skip("only root can give a process a resolv.conf of its own")
     address = f"127.53.{os.getpid() // 250 % 250}.{os.getpid() % 250 + 1}"  # of this process alone
-    (tmp_path / "resolv.conf").write_text(f"nameserver {address}\noptions timeout:4 attempts:1\n")
+    (tmp_path / "resolv.conf").write_text(f"nameserver {address}\noptions timeout:10 attempts:1\n")
     script = f'mount --bind {tmp_path}/resolv.conf /etc/resolv.conf && exec "$@"'
     if subprocess.run(["unshare", "--mount", "true"], check=False, capture_output=True).returncode != 0:
         pytest.skip("mount namespaces are not permitted here")
@@ -133,7 +133,7 @@ def test_silent_name_server_is_503_in_time_and_livez_stays_fast(
     assert {put.result().status for put in puts} == {503}
     assert max(put.result().seconds for put in puts) < IN_TIME
     assert {answer.status for answer in alive} == {200}
-    assert max(answer.seconds for answer in alive) < 2  # a worker that waited for the name would take 4 s
+    assert max(answer.seconds for answer in alive) < 2  # a worker that waited for the name would take 10 s
 
 
 def test_host_whose_name_is_not_answered_for_does_not_use_up_the_time_of_the_next(
@@ -156,7 +156,7 @@ def test_name_server_that_never_answers_does_not_hold_up_a_stop(
         service.process.terminate()
         start = time.monotonic()
         assert service.process.wait(20) == 0
-        assert time.monotonic() - start < 3  # a lookup takes 4 s
+        assert time.monotonic() - start < 6  # a lookup takes 10 s
     assert server.recv(512)
 
 
