@@ -177,8 +177,8 @@ def test_an_exception_that_nothing_caught_is_logged_without_its_text(
                 raise {error}(environ["PATH_INFO"])
             return hello.application(environ, start_response)
     """)
-    prefix = ["sh", "-c", 'exec "$1" broken:application', "sh"]
-    with MonitoredService(tmp_path, database, prefix=prefix, PYTHONPATH=str(tmp_path)) as service:
+    own = {"application": "broken:application", "PYTHONPATH": str(tmp_path)}
+    with MonitoredService(tmp_path, database, **own) as service:
         assert exchange(service.port, b"GET /hello/Quetzalcoatl HTTP/1.1\r\nHost: a\r\n\r\n") == b""
         [line] = service.wait_for_lines(1, "uncaught")
         assert re.fullmatch(rf"{error} at broken\.py:5 in application", line["exception"])
@@ -193,8 +193,8 @@ def test_a_bug_is_a_500_that_is_counted_and_whose_place_is_logged(database: dict
         hello.ROUTES[hello.USER_ROUTE]["GET"] = get_hello
         application = hello.application
     """)
-    prefix = ["sh", "-c", 'exec "$1" broken:application', "sh"]
-    with MonitoredService(tmp_path, database, prefix=prefix, PYTHONPATH=str(tmp_path)) as service:
+    own = {"application": "broken:application", "PYTHONPATH": str(tmp_path)}
+    with MonitoredService(tmp_path, database, **own) as service:
         assert service.ask("GET", "/hello/Quetzalcoatl").status == 500
         [place] = service.wait_for_lines(1, "RuntimeError")
         assert place["level"] == "error"

@@ -274,23 +274,17 @@ def test_request_that_is_refused_in_its_content_keeps_its_request_id(service: Se
 # --- A stop ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def own_application(tmp_path: Path) -> tuple[Path, list[str], dict[str, str]]:
-    """A file for an application, and what makes a Service run it."""
-    return tmp_path / "own.py", ["sh", "-c", 'exec "$1" own:application', "sh"], {"PYTHONPATH": str(tmp_path)}
-
-
 def test_request_that_outlasts_a_stop_is_cut_before_gunicorn_kills_the_worker(
-    database: dict[str, str], tmp_path: Path, own_application: tuple[Path, list[str], dict[str, str]]
+    database: dict[str, str], tmp_path: Path
 ) -> None:
-    file, prefix, environment = own_application
-    file.write_text("""if True:
+    (tmp_path / "own.py").write_text("""if True:
         import hello, time
         def application(environ, start_response):
             time.sleep(60 if environ["PATH_INFO"] == "/slow" else 0)
             return hello.application(environ, start_response)
     """)
-    with Service(tmp_path, database, prefix=prefix, GRACEFUL_TIMEOUT="2", **environment) as service:
+    own = {"application": "own:application", "PYTHONPATH": str(tmp_path)}
+    with Service(tmp_path, database, GRACEFUL_TIMEOUT="2", **own) as service:
         slow = in_thread(exchange, service.port, b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n")
         with service.open_socket() as later:
             later.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
@@ -303,11 +297,12 @@ def test_request_that_outlasts_a_stop_is_cut_before_gunicorn_kills_the_worker(
 
 
 def test_application_that_exits_when_the_workers_are_replaced_ends_the_service_with_its_message(
-    database: dict[str, str], tmp_path: Path, own_application: tuple[Path, list[str], dict[str, str]]
+    database: dict[str, str], tmp_path: Path
 ) -> None:
-    file, prefix, environment = own_application
+    file = tmp_path / "own.py"
     file.write_text("from hello import application\n")
-    with Service(tmp_path, database, prefix=prefix, WEB_CONCURRENCY="1", **environment) as service:
+    own = {"application": "own:application", "PYTHONPATH": str(tmp_path)}
+    with Service(tmp_path, database, WEB_CONCURRENCY="1", **own) as service:
         file.write_text("raise SystemExit('a setting is wrong')\n")
         service.process.send_signal(signal.SIGHUP)
         assert service.process.wait(10) == 3

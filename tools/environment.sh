@@ -1,6 +1,7 @@
 #!/bin/sh
 # Bring the virtual environment VENV up to date with requirements/$1.txt: `make run-environment`.
-# In it, `.made-by-make` says that make may empty it, and `installed-NAME.txt` has all files of requirements/ as they were then.
+# In it, `.made-by-make` says that make may empty it, and `installed-NAME.txt` has all files of requirements/ as they
+# were then.
 set -eu
 mark=$VENV/.made-by-make
 requirements=requirements/$1.txt

@@ -2,7 +2,8 @@
 # Pin the newest dependencies of pyproject.toml, with hashes, in requirements/: `make lock`.
 set -eu
 compile() {
-  "$VENV/bin/uv" pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-header --no-annotate "$@"
+  "$VENV/bin/uv" pip compile --quiet --upgrade --universal --python-version 3.11 \
+    --generate-hashes --no-header --no-annotate "$@"
 }
 
 # Pin what a group needs beside the packages that another file pins for all systems, which its own file includes.

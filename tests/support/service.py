@@ -42,6 +42,7 @@ class Service:
         environment: what reaches its database.
         prefix: a command that runs it in another way.
         arguments: of gunicorn.
+        application: another one than hello's.
         settings: of hello and its server, such as `HEAD_TIMEOUT="1"`.
     """
 
@@ -52,9 +53,10 @@ class Service:
         *,
         prefix: Sequence[str] = (),
         arguments: Sequence[str] = (),
+        application: str = "hello:application",
         **settings: str,
     ) -> None:
-        self.command = [*prefix, str(Path(sys.executable).with_name("gunicorn")), *arguments, "hello:application"]
+        self.command = [*prefix, str(Path(sys.executable).with_name("gunicorn")), *arguments, application]
         self.descriptors: Sequence[int] = ()  # of files that it inherits
         self.port = free_port()
         self.name = f"hello-{self.port}"  # of its connections in the database
