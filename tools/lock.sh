@@ -1,23 +1,24 @@
 #!/bin/sh
 # Pin the newest dependencies of pyproject.toml, with hashes, in requirements/: `make lock`.
 set -eu
-compile() {
-  "$VENV/bin/uv" pip compile --quiet --upgrade --universal --python-version 3.11 \
-    --generate-hashes --no-header --no-annotate "$@"
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+cp pyproject.toml "$folder"
+"$VENV/bin/uv" lock --quiet --project "$folder"
+
+# Print the pins of one group, or with --no-default-groups of the service. sed removes the condition that the system is one
+# of `environments`: on another one pip must fail, not install nothing.
+export_group() {
+  "$VENV/bin/uv" export --quiet --project "$folder" --frozen --no-emit-project --no-header --no-annotate "$@" |
+    sed -E 's/ (;|and) \(+platform_machine.*\\$/ \\/'
 }
 
-# Pin what a group needs beside the packages that another file pins for all systems, which its own file includes.
-compile_more() {
-  group=$1 included=$2
-  pinned=$(sed -n 's/^\([^ =]*\)==[^ ]* \\$/--no-emit-package \1/p' requirements/service.txt "requirements/$included.txt")
-  # shellcheck disable=SC2086 # it is several arguments
-  more=$(compile pyproject.toml --group "$group" $pinned \
-    --constraint requirements/service.txt --constraint "requirements/$included.txt")
-  printf -- '-r %s.txt\n%s\n' "$included" "$more" >"requirements/$group.txt"
+# Write the pins of a group and, before them, the name of the file that its own file includes.
+export_more() {
+  printf -- '-r %s.txt\n%s\n' "$2" "$(export_group --only-group "$1")" >"requirements/$1.txt"
 }
 
-compile pyproject.toml --output-file requirements/service.txt >/dev/null
-compile_more run service
-compile_more dev run
-compile_more bench run
-compile --group docs --output-file requirements/docs.txt >/dev/null
+export_group --no-default-groups >requirements/service.txt
+export_more run service
+export_more dev run
+export_more bench run
