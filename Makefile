@@ -73,13 +73,13 @@ lock: dev-environment ## Pin the newest dependencies of pyproject.toml, with has
 audit: dev-environment ## Check the pinned dependencies for known vulnerabilities (needs pypi.org)
 	@tools/audit.sh
 
-.PHONY: run-environment dev-environment bench-environment docs-environment
+.PHONY: run-environment dev-environment bench-environment
 run-environment dev-environment: %-environment:
 	@tools/environment.sh $*
 
 # Inside the environment of `make run`, so that this one must exist first
-bench-environment docs-environment: %-environment: run-environment
-	@VENV="$(VENV)/$*" tools/environment.sh $*
+bench-environment: run-environment
+	@VENV="$(VENV)/bench" tools/environment.sh bench
 
 .PHONY: engine build build-attested scan compose-up compose-down compose-restart clean
 engine:
@@ -107,15 +107,12 @@ compose-restart: compose-down compose-up ## Stop and start the containers, after
 clean: ## Remove what make made, but no data; WITH_DATA=yes removes the data of `make run` and Compose too
 	@tools/clean.sh
 
-.PHONY: wrk bench diagrams
+.PHONY: wrk bench
 wrk:
 	@tools/wrk.sh
 
 bench: wrk bench-environment ## Measure the service beside its alternatives and its limits, with few and many users
 	@"$(VENV)/bench/bin/python" -m bench.run $(ARGS)
-
-diagrams: docs-environment ## Draw the pictures of docs/ (needs Graphviz)
-	@"$(VENV)/docs/bin/python" docs/draw.py
 
 .PHONY: k8s-apply k8s-secret k8s-status k8s-delete k8s-monitoring k8s-smoke kind
 k8s-apply: ## Apply k8s/ to the current cluster and namespace, and wait until the database and two pods of the API are ready

@@ -15,7 +15,7 @@ worker_connections = settings.WORKER_CONNECTIONS
 graceful_timeout = settings.GRACEFUL_TIMEOUT
 # A worker whose event loop has not run for this long is replaced. It does not bound a request.
 timeout = 30
-# A worker touches its heartbeat file ten times a second. A disk may be slow or read-only.
+# A worker touches its heartbeat file twenty times a second. A disk may be slow or read-only.
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 # The control socket would need a home folder.
 control_socket_disable = True

@@ -28,6 +28,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from datetime import date, datetime
 from http.client import responses
+from itertools import chain
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from time import monotonic, sleep
@@ -574,7 +575,9 @@ def last_failure(address: Address) -> float:
 
 def needs_lookup(host: str) -> bool:
     """Return whether a host may be a name, and is no folder of sockets and no IPv6 address."""
-    return bool(host) and not host.startswith(("/", "@")) and ":" not in host
+    is_socket = host.startswith(("/", "@"))
+    is_ipv6 = ":" in host
+    return bool(host) and not is_socket and not is_ipv6
 
 
 def look_up(name: str) -> Lookup:
@@ -746,7 +749,7 @@ def connection_options(addresses: list[Address]) -> dict[str, Any]:
         options["host"] = ",".join([address.host for address in addresses])
         options["hostaddr"] = ",".join([address.hostaddr for address in addresses])
         options["port"] = ",".join([address.port for address in addresses])
-    hosts = os.environ.get("PGHOSTADDR") or os.environ.get("PGHOST", "")
+    hosts = os.environ.get("PGHOSTADDR") or ",".join(postgres_hosts())
     if "," in hosts and not os.environ.get("PGTARGETSESSIONATTRS"):
         options["target_session_attrs"] = "read-write"  # only one of several hosts is the primary
     return options
@@ -907,9 +910,10 @@ def find(
 def save(connection: Connection, dates: ByUser, deadline: float) -> ByUser:
     """Save the date of birth of each user; return None for each, which is a result."""
     rows = sorted(dates.items())  # in one order, so that two statements do not deadlock
-    placeholders = ", ".join(["%s"] * len(rows))  # psycopg2 writes a pair in parentheses
+    placeholders = ", ".join(["(%s, %s)"] * len(rows))
     statement = SAVE_DATES_OF_BIRTH.format(rows=placeholders)
-    write(connection, statement, tuple(rows), deadline)
+    parameters = tuple(chain.from_iterable(rows))
+    write(connection, statement, parameters, deadline)
     return dict.fromkeys(dates)
 
 
@@ -1038,7 +1042,11 @@ class Batcher:
             sleep(max(0, batch.final_at - monotonic()))
         raise Unavailable
 
-    def join(self, username: str, value: Any) -> tuple[Batch, bool]:
+    def join(
+        self,
+        username: str,
+        value: Any,
+    ) -> tuple[Batch, bool]:
         """Join the batch that waits, or begin one; return it, and whether this request leads it."""
         with self.lock:
             batch = self.batch_to_join()

@@ -6,7 +6,7 @@ from threading import Thread
 from typing import Any
 
 from server import metrics, options, settings
-from server.telemetry import TelemetryMiddleware
+from server.telemetry import Telemetry
 
 
 def on_starting(server: Any) -> None:
@@ -27,11 +27,12 @@ def pre_fork(server: Any, worker: Any) -> None:
 
 
 def post_worker_init(worker: Any) -> None:
-    """Wrap the application in telemetry, and open the connections to Postgres."""
+    """Begin to count requests, and open the connections to Postgres."""
     import hello  # in the worker, after gevent has patched what hello imports
 
     if settings.TELEMETRY == "on":
         shared = metrics.SharedMetrics(worker.number, hello.__version__)
-        worker.wsgi = worker.telemetry = TelemetryMiddleware(worker.wsgi, hello, shared)
+        worker.telemetry = Telemetry(hello, shared)
+        metrics.IN_PROGRESS.set_function(worker.requests_in_progress)
     # A greenlet, since gevent has patched threads. The worker does not wait for it.
     Thread(target=hello.keep_connected, name="keep-connected", daemon=True).start()

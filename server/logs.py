@@ -18,17 +18,16 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from queue import SimpleQueue
 from select import PIPE_BUF, POLLOUT, poll
-from time import sleep, time
-from typing import Any
+from typing import Any, NamedTuple
 
 from server import settings
 
 LOG = logging.getLogger("hello")
 STDOUT = 1
 LEVEL_NAMES = {logging.INFO: "info", logging.WARNING: "warning"}  # of requests
+PROBES = {"/livez", "/readyz"}  # counted, not logged: probes repeat every few seconds
 IS_TEXT = settings.LOG_FORMAT == "text" or (settings.LOG_FORMAT == "auto" and os.isatty(STDOUT))
 MAX_WAITING_LINES = 10_000  # about 5 MB; 1 second of requests at full load
-WRITE_SECONDS = 0.05  # lines are collected for this time: each write wakes the reader
 STOP_SECONDS = 1.0  # how long a process waits at its exit for its last lines to be written
 
 
@@ -46,13 +45,22 @@ def location(error: BaseException) -> str:
     return type(error).__name__ + where
 
 
-# Seconds since 1970, level, method, route, status, duration in seconds, bytes of content, request id, trace id
-Request = tuple[float, str, str, str, str, float, int, str, str]
+class AnsweredRequest(NamedTuple):
+    """What is counted and logged of a request; no field needs escaping in JSON."""
+
+    at: float  # seconds since 1970
+    method: str
+    route: str
+    status: str
+    seconds: float
+    size: int  # bytes of content
+    request_id: str
+    trace_id: str  # perhaps empty
 
 
-def request_line(request: Request) -> str:
-    """Return the line of a request; none of its fields may need escaping in JSON."""
-    at, level, method, route, status, seconds, size, request_id, trace_id = request
+def request_line(request: AnsweredRequest, level: str) -> str:
+    """Return the line of a request."""
+    at, method, route, status, seconds, size, request_id, trace_id = request
     moment = timestamp(int(at * 1000))
     if IS_TEXT:
         trace = f" trace {trace_id}" if trace_id else ""
@@ -87,7 +95,9 @@ class LineWriter:
         atexit.register(self.close)
 
     def reset(self) -> None:
-        self.waiting: SimpleQueue[str | Request | None] = SimpleQueue()
+        self.waiting: SimpleQueue[list[str] | None] = SimpleQueue()
+        self.added = 0  # lines that were queued
+        self.taken = 0  # lines of these that wait no longer; the thread counts them
         self.refused = 0  # lines that found too many waiting
         self.failed = 0  # lines that could not be written; the thread counts them
         self.finished: Any = None  # a lock that the thread releases when it ends; None without a thread
@@ -97,12 +107,13 @@ class LineWriter:
         """The number of lines that were lost."""
         return self.refused + self.failed
 
-    def add(self, line: str | Request) -> None:
-        """Queue a line, or a request: the thread makes its line, which costs the requests less."""
-        if self.waiting.qsize() >= MAX_WAITING_LINES:
-            self.refused += 1
+    def add(self, lines: list[str]) -> None:
+        """Queue lines."""
+        if self.added - self.taken >= MAX_WAITING_LINES:
+            self.refused += len(lines)
             return
-        self.waiting.put(line)
+        self.added += len(lines)
+        self.waiting.put(lines)
         if self.finished is None:
             self.start()
 
@@ -118,27 +129,24 @@ class LineWriter:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def run(self, waiting: "SimpleQueue[str | Request | None]", finished: Any) -> None:
+    def run(self, waiting: "SimpleQueue[list[str] | None]", finished: Any) -> None:
         """Write lines until None is queued."""
-        is_last = False
-        while not is_last:
-            lines = [waiting.get()]
-            sleep(WRITE_SECONDS if lines[0] else 0)
-            lines += [waiting.get() for _ in range(waiting.qsize())]
-            is_last = None in lines
-            self.write_lines([line if isinstance(line, str) else request_line(line) for line in lines if line])
+        while lines := waiting.get():
+            self.write_lines(lines)
+            self.taken += len(lines)
         finished.release()
 
     def write_lines(self, lines: list[str]) -> None:
         """Write lines, several at once: up to PIPE_BUF bytes, which a pipe takes whole."""
-        piece = b""
-        for line in lines:
-            data = line.encode(errors="backslashreplace") + b"\n"
-            if len(piece) + len(data) > PIPE_BUF:
-                self.write(piece)
-                piece = b""
-            piece += data
-        self.write(piece)
+        text = "\n".join([*lines, ""])
+        data = text.encode(errors="backslashreplace")
+        start = 0
+        while start < len(data):
+            end = data.rfind(b"\n", start, start + PIPE_BUF)
+            if end < 0:
+                end = data.find(b"\n", start)
+            self.write(data[start : end + 1])
+            start = end + 1
 
     def write(self, piece: bytes) -> None:
         """Write whole lines; wait while the reader of a non-blocking pipe is slow."""
@@ -165,20 +173,23 @@ class LineWriter:
 WRITER = LineWriter(STDOUT)
 
 
-def log_request(
-    method: str, route: str, status: str, seconds: float, size: int, request_id: str, trace_id: str
-) -> None:
-    """Log a request; with a 5xx it is a warning."""
-    level = logging.WARNING if status.startswith("5") else logging.INFO
-    if LOG.isEnabledFor(level):
-        WRITER.add((time(), LEVEL_NAMES[level], method, route, status, seconds, size, request_id, trace_id))
+def log_requests(requests: list[AnsweredRequest]) -> None:
+    """Log requests; those with a 5xx are warnings."""
+    lines = []
+    for request in requests:
+        is_failure = request.status.startswith("5")
+        level = logging.WARNING if is_failure else logging.INFO
+        if request.route not in PROBES and LOG.isEnabledFor(level):
+            lines.append(request_line(request, LEVEL_NAMES[level]))
+    if lines:
+        WRITER.add(lines)
 
 
 class Handler(logging.Handler):
     """Queue the records of gunicorn and hello."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        WRITER.add(record_line(record))
+        WRITER.add([record_line(record)])
 
 
 # gunicorn's `logconfig_dict`.

@@ -258,7 +258,7 @@ class Request:
         self.common = common  # what all environs of a connection have
         self.received = 0  # bytes
         self.head = b""  # what has arrived of it; nothing once it is in the environ
-        self.environ: WSGIEnvironment | None = None  # with `wsgi.input` once the content has arrived
+        self.environ: WSGIEnvironment = {}  # empty until the head has arrived; has `wsgi.input` once the content has
         self.reader: Reader | None = None  # while content is read
         self.is_complete = False
         self.is_last = False  # what the client sends behind it is not read
@@ -281,10 +281,10 @@ class Request:
         """Take bytes; return those behind the request; raise ProtocolError if it is refused."""
         self.received += len(data)
         rest = data
-        if self.environ is None:
+        if not self.environ:
             rest = self.read_head(data)
-        if self.environ and self.reader:
-            rest = self.read_content(self.environ, self.reader, rest)
+        if self.reader:
+            rest = self.read_content(self.reader, rest)
         self.received -= len(rest)
         return rest
 
@@ -334,7 +334,7 @@ class Request:
             self.is_complete = True
         self.environ = environ
 
-    def read_content(self, environ: WSGIEnvironment, reader: Reader, data: bytes) -> bytes:
+    def read_content(self, reader: Reader, data: bytes) -> bytes:
         """Take bytes of the content; return those behind it."""
         rest = reader.feed(data)
         content = reader.content
@@ -344,7 +344,7 @@ class Request:
             if self.received > MAX_REQUEST_BYTES:
                 raise ProtocolError(*BAD_CONTENT)
             return rest
-        environ["wsgi.input"] = io.BytesIO(content.kept)
+        self.environ["wsgi.input"] = io.BytesIO(content.kept)
         self.is_complete = True
         self.reader = None
         return rest

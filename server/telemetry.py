@@ -1,22 +1,19 @@
 """Request ids, metrics and log lines of requests and statements: about routes, never about users."""
 
+import atexit
 import re
 import threading
 import time
-from collections.abc import Iterable
 from random import getrandbits
 from types import ModuleType
-from typing import Any
-from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+from wsgiref.types import StartResponse, WSGIEnvironment
 
 import psycopg2
 
-from server import metrics, settings
-from server.logs import LOG, log_request
+from server import metrics
+from server.logs import LOG, AnsweredRequest, log_requests
 
-METRICS_PORT = str(settings.METRICS_PORT)  # SERVER_PORT is text
 UNMATCHED = "unmatched"  # the route of an unknown path
-PROBES = {"/livez", "/readyz"}  # counted, not logged: probes repeat every few seconds
 
 REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,128}")
 # W3C Trace Context, section 3.2: version ff and ids of zeros are invalid, and only later versions may say more.
@@ -74,61 +71,52 @@ class Outage:
             self.began = None
 
 
-class TelemetryMiddleware:
-    """Wrap the application (PEP 3333): add request ids, count and log requests, and serve /metrics on its port."""
+class Telemetry:
+    """The counts and log lines of a worker's requests and statements.
 
-    def __init__(self, application: WSGIApplication, service: ModuleType, shared: metrics.SharedMetrics) -> None:
-        self.application = application
+    A request only leaves a note. The worker counts and logs its notes together, which takes a fraction of the time.
+    """
+
+    def __init__(self, service: ModuleType, shared: metrics.SharedMetrics) -> None:
         self.shared = shared
-        self.running = 0
+        self.answered: list[AnsweredRequest] = []  # not yet counted
         self.outage = Outage()
         metrics.STARTS.inc()
         metrics.WORKERS.set(1)
-        metrics.IN_PROGRESS.set_function(lambda: self.running)
         metrics.watch_pools(service)
         metrics.start_at_zero(service.USER_ROUTE)
         for batcher in service.BATCHERS:
             batcher.observe = self.statement
+        atexit.register(self.count_requests)
         threading.Thread(target=shared.share_for_ever, daemon=True).start()
 
-    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        """Answer a request."""
-        if environ["SERVER_PORT"] == METRICS_PORT:
-            return metrics.serve_metrics(self.shared, environ, start_response)
-        start = time.perf_counter()
-        request_id = request_id_of(environ)
-        status = ""
-
-        def start_with_id(line: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
-            nonlocal status
-            status = line[:3]
-            headers.append(("X-Request-Id", request_id))  # PEP 3333 lets a server change the list
-            return start_response(line, headers, exc_info)
-
-        self.running += 1
-        try:
-            content = self.application(environ, start_with_id)
-        finally:
-            self.running -= 1
-        self.count(environ, status, time.perf_counter() - start, sum(map(len, content)), request_id)
-        return content
-
-    def count(self, environ: WSGIEnvironment, status: str, seconds: float, size: int, request_id: str) -> None:
-        """Count and log a request."""
+    def note_answer(self, environ: WSGIEnvironment, status: str, size: int, seconds: float) -> str:
+        """Note a request that is answered, for count_requests; return its X-Request-Id."""
         method = environ["REQUEST_METHOD"]  # one of few: the parser refuses others
         route = environ.get("hello.route", UNMATCHED)
-        metrics.duration_of(method, route, status).observe(seconds)
+        request_id = request_id_of(environ)
+        trace_id = trace_id_of(environ)
+        now = time.time()
+        self.answered.append(AnsweredRequest(now, method, route, status, seconds, size, request_id, trace_id))
         if status == "503":
             self.outage.unavailable += 1
-        if route not in PROBES:
-            log_request(method, route, status, seconds, size, request_id, trace_id_of(environ))
-
-    def protocol_error(self, environ: WSGIEnvironment, method: str, status: int, size: int) -> str:
-        """Count and log the response to a request that is refused; return its X-Request-Id."""
-        metrics.REFUSED.labels(str(status)).inc()
-        request_id = request_id_of(environ)
-        log_request(method, UNMATCHED, str(status), 0, size, request_id, trace_id_of(environ))
         return request_id
+
+    def count_refusal(self, environ: WSGIEnvironment, method: str, status: str, size: int) -> str:
+        """Count and log a request that is refused; return its X-Request-Id."""
+        request_id = request_id_of(environ)
+        trace_id = trace_id_of(environ)
+        metrics.REFUSED.labels(status).inc()
+        log_requests([AnsweredRequest(time.time(), method, UNMATCHED, status, 0, size, request_id, trace_id)])
+        return request_id
+
+    def count_requests(self) -> None:
+        """Count and log the requests that have been answered since the last call."""
+        answered, self.answered = self.answered, []
+        for request in answered:
+            duration = metrics.duration_of(request.method, request.route, request.status)
+            duration.observe(request.seconds)
+        log_requests(answered)
 
     def statement(self, operation: str, requests: int, seconds: float, error: Exception | None) -> None:
         """Count a statement; log the begin and the end of an outage."""
@@ -139,3 +127,8 @@ class TelemetryMiddleware:
             self.outage.failure(operation, error, time.monotonic())
         else:
             self.outage.success(time.monotonic())
+
+    def serve_metrics(self, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
+        """Answer on the port of the metrics (PEP 3333)."""
+        self.count_requests()
+        return metrics.serve_metrics(self.shared, environ, start_response)

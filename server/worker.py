@@ -26,8 +26,9 @@ from gunicorn.workers import ggevent
 from server import settings
 from server.listener import Listener
 from server.parser import BAD_CONTENT, LATE, ProtocolError, Request
-from server.telemetry import TelemetryMiddleware
+from server.telemetry import Telemetry
 
+METRICS_PORT = str(settings.METRICS_PORT)  # SERVER_PORT is text
 RECEIVE_BYTES = 8192
 DRAIN_BYTES = 65536
 DRAIN_SECONDS = 1  # a connection that is being closed is read for this long
@@ -36,7 +37,7 @@ DRAIN_SECONDS = 1  # a connection that is being closed is read for this long
 STOPPING_SECONDS = 1
 EXIT_SECONDS = 0.5  # a stopping worker ends so long before gunicorn would kill it
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # a struct linger: l_onoff, l_linger
-SWEEP_SECONDS = 0.1  # between two checks of the time limits
+SWEEP_SECONDS = 0.05  # between two checks of the time limits, and two counts of requests
 TRIM_SECONDS = 5  # between two times that freed memory goes back to the system
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGQUIT, signal.SIGINT}
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -69,6 +70,11 @@ class ClientConnection:
         self.socket = client
         self.readable = gevent.get_hub().loop.io(client.fileno(), 1)  # 1 is READ
         self.common = worker.common_environ(client.getsockname())
+        self.application = worker.wsgi
+        self.telemetry = worker.telemetry
+        if self.telemetry and self.common["SERVER_PORT"] == METRICS_PORT:
+            self.application = self.telemetry.serve_metrics
+            self.telemetry = None
         self.request = Request(self.common)
         self.unread = b""  # what has arrived behind the request
         self.is_late = False  # a time limit has passed
@@ -122,9 +128,9 @@ class ClientConnection:
         request = self.request
         if not request.received:
             self.enter(IDLE, settings.KEEPALIVE_TIMEOUT)
-        elif request.environ is None and self.phase is not HEAD:
+        elif not request.environ and self.phase is not HEAD:
             self.enter(HEAD, settings.HEAD_TIMEOUT)
-        elif request.environ is not None and self.phase is not CONTENT:
+        elif request.environ and self.phase is not CONTENT:
             self.enter(CONTENT, settings.CONTENT_TIMEOUT)
         # Other greenlets run while this waits, even if the client never pauses; and recv always finds something.
         gevent.get_hub().wait(self.readable)
@@ -150,8 +156,13 @@ class ClientConnection:
 
     def answer(self) -> bool:
         """Answer the request; return whether another may follow."""
+        environ = self.request.environ
         self.enter(APPLICATION, math.inf)
-        content = b"".join(self.worker.wsgi(self.request.environ, self.start_response))
+        content = b"".join(self.application(environ, self.start_response))
+        if self.telemetry:
+            seconds = monotonic() - self.since
+            request_id = self.telemetry.note_answer(environ, self.status[:3], len(content), seconds)
+            self.headers.append(("X-Request-Id", request_id))
         # The worker may have been told to stop meanwhile. What has arrived by then is answered too.
         is_stopping = not self.worker.alive and not self.has_more()
         is_last = self.request.is_last or self.is_late or is_stopping
@@ -176,8 +187,8 @@ class ClientConnection:
         if method == "HEAD":
             content = b""
         if telemetry := self.worker.telemetry:
-            environ = self.request.environ or {}
-            request_id = telemetry.protocol_error(environ, method, error.status.value, len(content))
+            environ = self.request.environ
+            request_id = telemetry.count_refusal(environ, method, str(error.status.value), len(content))
             headers.append(("X-Request-Id", request_id))
         status = f"{error.status.value} {error.status.phrase}"
         self.respond(status, headers, content, is_last=True)
@@ -211,7 +222,7 @@ class Worker(ggevent.GeventWorker):
     """Serve keep-alive connections, one greenlet each; server/hooks.py sets `telemetry` and `number`."""
 
     wsgi: Any  # the application; the stub of gunicorn has a type that is not PEP 3333's
-    telemetry: TelemetryMiddleware | None = None  # counts and logs protocol errors
+    telemetry: Telemetry | None = None
     number: int  # 1 for the first worker
 
     def init_process(self) -> None:
@@ -256,8 +267,10 @@ class Worker(ggevent.GeventWorker):
             self.log.warning("Worker graceful timeout (pid:%s)", self.pid)
 
     def sweep(self) -> None:
-        """Tell gunicorn that this worker lives, and expire connections: cheaper than a timer for each."""
+        """Tell gunicorn that this worker lives, count requests, and expire connections: a timer for each costs more."""
         self.notify()
+        if self.telemetry:
+            self.telemetry.count_requests()
         now = monotonic()
         for connection in list(self.connections):
             is_leaving = connection.phase is IDLE and not self.alive
@@ -271,6 +284,11 @@ class Worker(ggevent.GeventWorker):
         connection = ClientConnection(self, client)
         self.connections.add(connection)
         connection.serve()
+
+    def requests_in_progress(self) -> int:
+        """Return how many requests the application works on; one for /metrics does not count."""
+        running = [connection for connection in self.connections if connection.phase is APPLICATION]
+        return sum([connection.application is self.wsgi for connection in running])
 
     def common_environ(self, own_address: Any) -> WSGIEnvironment:
         """Return what the environs of all requests of a connection have in common (PEP 3333)."""

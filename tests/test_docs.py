@@ -4,7 +4,6 @@ A fenced block is checked if `checked` follows its language: ```console checked,
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -372,8 +371,3 @@ def test_link_of_a_page_leads_somewhere(page: Path, link: str) -> None:
 def test_versions_of_the_pages_are_that_of_the_code() -> None:
     named = {version for page in PAGES for version in re.findall(r"hello:(\d+\.\d+\.\d+)", page.read_text())}
     assert named == {hello.__version__}
-
-
-def test_picture_of_aws_is_drawn_from_its_source() -> None:
-    digest = hashlib.sha256((ROOT / "docs" / "draw.py").read_bytes()).hexdigest()
-    assert digest.encode() in (ROOT / "docs" / "aws.png").read_bytes(), "run `make diagrams`"

@@ -281,8 +281,7 @@ def test_lines_are_joined_to_pieces_that_a_pipe_takes_whole() -> None:
     reader, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)  # each write is one message
     with reader, end:
         writer = logs.LineWriter(end.fileno())
-        for line in lines:
-            writer.add(line)
+        writer.add(lines)
         found = [reader.recv(10_000) for _ in range(7)]
     assert b"".join(found).decode() == "".join(line + "\n" for line in lines)
     assert [len(piece) for piece in found] == [4004, 4004, 1001 + 3001, 3001, 3001, 5001, 2]
@@ -303,8 +302,7 @@ def test_lines_for_a_slow_reader_of_a_non_blocking_pipe_all_arrive(small_pipe: t
     lines = [f"{number} " + "x" * 200 for number in range(200)] + ["y" * 10_000]  # the last needs several writes
     reader, end = small_pipe
     writer = logs.LineWriter(end)
-    for line in lines:
-        writer.add(line)
+    writer.add(lines)
     data = b""
     while not data.endswith(b"y\n") and select.select([reader], [], [], 3)[0]:
         data += os.read(reader, 300)
@@ -315,8 +313,7 @@ def test_lines_for_a_slow_reader_of_a_non_blocking_pipe_all_arrive(small_pipe: t
 def test_a_stop_while_a_non_blocking_pipe_is_full_is_bounded(small_pipe: tuple[int, int]) -> None:
     _, end = small_pipe
     writer = logs.LineWriter(end)
-    for _ in range(200):
-        writer.add("x" * 200)
+    writer.add(["x" * 200] * 200)
     start = time.monotonic()
     writer.close()
     assert time.monotonic() - start < logs.STOP_SECONDS + 1
@@ -325,8 +322,7 @@ def test_a_stop_while_a_non_blocking_pipe_is_full_is_bounded(small_pipe: tuple[i
 def test_lines_that_a_full_disk_refuses_are_counted() -> None:
     with Path("/dev/full").open("wb", buffering=0) as file:
         writer = logs.LineWriter(file.fileno())
-        for _ in range(200):
-            writer.add("x" * 200)
+        writer.add(["x" * 200] * 200)
         writer.close()
         assert writer.dropped == 200
 
@@ -344,7 +340,7 @@ def test_a_writer_that_is_closed_has_written_every_line(tmp_path: Path, count: i
     with (tmp_path / "log").open("wb") as file:
         writer = logs.LineWriter(file.fileno())
         for number in range(count):
-            writer.add(str(number))
+            writer.add([str(number)])
         writer.close()
         assert (tmp_path / "log").read_text().split() == [str(number) for number in range(count)]
 
@@ -352,9 +348,9 @@ def test_a_writer_that_is_closed_has_written_every_line(tmp_path: Path, count: i
 def test_a_fork_leaves_the_waiting_lines_to_the_parent(tmp_path: Path) -> None:
     with (tmp_path / "log").open("ab") as file:
         writer: Any = logs.LineWriter(file.fileno())
-        writer.add("parent")
+        writer.add(["parent"])
         if not (child := os.fork()):
-            writer.add("child")
+            writer.add(["child"])
             writer.close()
             os._exit(0)
         os.waitpid(child, 0)

@@ -283,7 +283,6 @@ def test_memory_of_postgres_fits_its_limit(name: str) -> None:
     assert most <= quantity(resources["limits"]["memory"])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what memory a process has for itself")
 def test_connection_takes_no_more_memory_than_counted(
     postgres: Database, database: dict[str, str], tmp_path: Path
 ) -> None:

@@ -69,7 +69,7 @@ def read(*parts: bytes) -> Reading:
 
 def environ_of(request: Request) -> WSGIEnvironment:
     """Return the environ of a request whose head has arrived."""
-    assert request.environ is not None
+    assert request.environ
     return request.environ
 
 

@@ -152,6 +152,7 @@ def connection_on(ours: socket.socket) -> ClientConnection:
     parts: dict[str, Any] = {
         "common_environ": lambda address: {},
         "telemetry": None,
+        "wsgi": None,
         "alive": True,
         "notify": lambda: None,
     }

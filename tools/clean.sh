@@ -16,14 +16,12 @@ remove() {
 
 if [ -e "$DATA/lock" ]; then
   exec 9>>"$DATA/lock"
-  # macOS has no flock: there, Postgres' own file says that it runs, or that it was killed.
-  if command -v flock >/dev/null; then flock --nonblock 9; else [ ! -e "$DATA/data/postmaster.pid" ]; fi || {
+  flock --nonblock 9 || {
     echo "A \`make run\` uses $DATA: stop it first. Nothing was removed." >&2
     exit 1
   }
 fi
 remove "$VENV/bench"
-remove "$VENV/docs"
 remove "$VENV"
 if [ "$WITH_DATA" = yes ]; then
   remove "$DATA/data"

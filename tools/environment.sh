@@ -26,9 +26,9 @@ find_python() {
 mkdir -p "$VENV" 2>/dev/null ||
   fail "$VENV cannot be made: name other folders, as in \`make run VENV=\"\$HOME/venv\" DATA=\"\$HOME/data\"\`."
 
-# Not two installations at once. pip inherits the lock and holds it even if this shell is killed. macOS has no flock.
+# Not two installations at once. pip inherits the lock and holds it even if this shell is killed.
 exec 9<"$VENV"
-if command -v flock >/dev/null && ! flock --nonblock 9; then
+if ! flock --nonblock 9; then
   echo "Waiting for another \`make\` that installs into $VENV ..."
   flock 9 || true # NFS cannot lock a folder
 fi

@@ -4,7 +4,7 @@ With PGHOST, PGHOSTADDR or PGSERVICE set, no Postgres is started. The schema is 
 SIGINT, SIGTERM or SIGHUP; then the command is stopped, then Postgres. FOLDER has the data and a lock.
 
 Every process of a start keeps the lock until it ends, so the next start waits for all of them. If this process is
-killed, the kernel stops the others. macOS cannot do that: there, they must be stopped by hand.
+killed, the kernel stops the others.
 """
 
 import contextlib

@@ -3,5 +3,5 @@
 command -v wrk >/dev/null && exit
 echo 'wrk is missing: trying apt-get install wrk ...'
 { apt-get update && apt-get install -y wrk; } >/dev/null 2>&1 && exit
-echo 'make bench needs wrk: install it (Debian: apt-get install wrk; macOS: brew install wrk).' >&2
+echo 'make bench needs wrk: install it (Debian: apt-get install wrk).' >&2
 exit 1

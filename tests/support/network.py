@@ -6,7 +6,6 @@ import json
 import re
 import socket
 import ssl
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -22,17 +21,14 @@ _reserved: list[socket.socket] = []
 def free_port() -> int:
     """Return a port of 127.0.0.1 that no other call returns, in any process, while this process runs.
 
-    On Linux a bound socket that does not listen keeps a port from being given out again; a server with SO_REUSEADDR can
+    A bound socket that does not listen keeps a port from being given out again; a server with SO_REUSEADDR can
     still listen there.
     """
     probe = socket.socket()
     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     probe.bind((LOOPBACK, 0))
     port: int = probe.getsockname()[1]
-    if sys.platform == "linux":
-        _reserved.append(probe)
-    else:
-        probe.close()
+    _reserved.append(probe)
     return port
 
 
