@@ -107,7 +107,8 @@ CONNECT_TIMEOUT = number("CONNECT_TIMEOUT", 1.0, "seconds", 0.001, "Time an atte
 STATEMENT_TIMEOUT = number("STATEMENT_TIMEOUT", 1.0, "seconds", 0.001, "Time Postgres may work on a statement")
 # A batch takes new requests for this time, so that the last one can still wait for 3/4 of QUEUE_TIMEOUT.
 JOIN_SECONDS = QUEUE_TIMEOUT / 4
-# Less than half of JOIN_SECONDS: a batch with a locked row waits twice, as a whole and for the row (Batcher.run).
+# A batch with one locked row waits twice, as a whole and for the row (Batcher.run). Both together are shorter than
+# JOIN_SECONDS, so that the requests of the next batch are still answered in time.
 LOCK_TIMEOUT = number("LOCK_TIMEOUT", 0.15, "seconds", 0.001, "Time a write may wait for a lock of another transaction")
 DATABASE_TIMEOUT = number("DATABASE_TIMEOUT", 3.0, "seconds", 0.001, "Time for connecting and for a statement together")
 INIT_TIMEOUT = number("INIT_TIMEOUT", 60.0, "seconds", 0.001, "Time `python hello.py init-db` waits for the database")
@@ -155,7 +156,7 @@ def is_ipv6_address(text: str) -> bool:
 def check_hosts() -> None:
     """Exit with one line if PGHOST is malformed, or has another number of hosts than PGPORT has ports.
 
-    A wrong PGHOST may hold a password, so it is not printed.
+    libpq would find such a PGHOST only when it connects, and print it. It may hold a password, so this does not.
     """
     hosts = postgres_hosts()
     ports = postgres_ports()
@@ -177,16 +178,17 @@ SAVE_DATES_OF_BIRTH = """
     INSERT INTO users (username, date_of_birth) VALUES {rows}
     ON CONFLICT (username) DO UPDATE SET date_of_birth = EXCLUDED.date_of_birth
 """
-# {...} is filled in by str.format, %s by psycopg2. Postgres runs one query string as one transaction. SET LOCAL ends
-# with it, because PgBouncer lends the session to others.
+# {...} is filled in by str.format, %s by psycopg2. Postgres runs one query string as one transaction. Settings are SET
+# LOCAL, so that they end with it: PgBouncer then lends the session to others.
 READ = """
     SET LOCAL statement_timeout = %s;
     SET LOCAL transaction_read_only = on;
     {statement}
 """
-# COMMIT is sent only after Postgres has answered WRITE in time. So a statement that reaches Postgres late is never
-# committed. Until the COMMIT arrives, or idle_in_transaction_session_timeout ends the transaction, its rows are locked:
-# nobody saves a newer date in between. COMMIT warns (client_min_messages) if no standby has confirmed it.
+# A write may reach Postgres late, after its 503 and after the 204 of a newer one. It must not be committed then. So
+# COMMIT is a message of its own, sent after Postgres has answered WRITE in time. Until the COMMIT arrives, or
+# idle_in_transaction_session_timeout ends the transaction, its rows are locked: nobody saves a newer date in between.
+# COMMIT warns (client_min_messages) if no standby has confirmed it.
 WRITE = """
     BEGIN;
     SET LOCAL statement_timeout = %s;
@@ -197,8 +199,8 @@ WRITE = """
 """
 COMMIT = "COMMIT"
 ROLLBACK = "ROLLBACK"
-# The start time identifies the server. The count is of the role's commits that wait for a standby (SyncRep) for more
-# than %s seconds.
+# The start time, in microseconds, identifies the server. The count is of the role's commits that wait for a standby
+# (SyncRep) for more than %s seconds.
 ABOUT_SERVER = """
     SELECT extract(epoch FROM pg_postmaster_start_time())::text,
         (SELECT count(*) FROM pg_stat_activity WHERE usename = current_user AND wait_event = 'SyncRep'
@@ -297,7 +299,8 @@ def content_length(environ: WSGIEnvironment) -> int | None:
     """Return the stated Content-Length in bytes; None for chunked content, which the server ends; or 400."""
     stated = environ.get("CONTENT_LENGTH")
     if not stated:
-        return None if environ.get("wsgi.input_terminated") else 0  # of gunicorn, not of PEP 3333
+        # This key is not in PEP 3333. With it, the server ends the content itself.
+        return None if environ.get("wsgi.input_terminated") else 0
     if not re.fullmatch("[0-9]{1,18}", stated):
         raise HTTPError(400, "The Content-Length must be a number of bytes.")
     return int(stated)
@@ -451,18 +454,17 @@ def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iter
 
 
 # --- Postgres: what can go wrong --------------------------------------------------------------------
-# What a PUT is promised, and what keeps it:
-# - 204: Postgres has committed the row, and the synchronous standby has it if there is one. After a warning of the
-#   COMMIT, or while earlier commits wait for the standby, it is 503.
-# - 503: it is not committed and never will be, except after
-#   UnconfirmedWrite: it is committed, on one server alone;
-#   LostCommit: it may be. The 503 waits until Postgres can no longer begin to commit. A commit that it has begun may
-#   still wait for the standby, and become visible later.
-# - A PUT that got 503 never overwrites a later one that got 204: nothing that may have been committed is sent again,
+# What a PUT is promised:
+# - 204: Postgres has committed the row, and the synchronous standby has it if there is one.
+# - 503: the row is not committed, and never will be. There are two exceptions:
+# - 503 after UnconfirmedWrite: it is committed, on one server alone.
+# - 503 after LostCommit: it may be committed. The 503 is sent when Postgres can no longer begin to commit. A commit
+#   that has begun may wait for the standby, and the row becomes visible when the standby has it.
+# - A PUT that got 503 never overwrites a later one that got 204. Nothing that may have been committed is sent again,
 #   and a transaction that waits for its COMMIT keeps its rows locked.
 #
-# The name of an error's class is its label in the metrics. An OperationalError is in neither ROW_ERRORS nor
-# LASTING_ERRORS.
+# The name of an error's class is its label in the metrics. The first five are OperationalErrors: no batch is run row by
+# row because of them, and init-db tries again.
 
 
 class HostNotFound(psycopg2.OperationalError):
@@ -493,7 +495,7 @@ class UnreadableRow(psycopg2.DataError):
     """The table holds a date that Python does not have."""
 
 
-# While serving, each of these is a 503. Any other exception is a bug.
+# While serving, each of these is a 503. Any other exception of a statement is a bug.
 DATABASE_ERRORS = (psycopg2.Error, TimeoutError)
 # One row can cause these, and they undo the whole statement. ConnectionFailure: a Citus cluster has lost its node.
 ROW_ERRORS = (
@@ -512,19 +514,25 @@ LASTING_ERRORS = (
 
 
 def is_lost(error: psycopg2.Error) -> bool:
-    """Return whether an error says that the connection is lost.
+    """Return whether an error says that the connection is lost. Then it is
+    - libpq's: it has no SQLSTATE, or
+    - PgBouncer's: it is FATAL and of class 08. Citus reports a lost node of its own with class 08 too, but as ERROR.
 
-    Then it is libpq's, without an SQLSTATE, or PgBouncer's, FATAL and of class 08. Postgres' own FATAL errors are not
-    counted: after them, Connection.is_open finds that the connection is closed.
+    After a FATAL error of Postgres, Connection.is_open finds that the connection is closed.
     """
     if error.pgcode is None:
         return not isinstance(error, psycopg2.ProgrammingError)  # which is a mistake in this module
     return error.pgcode.startswith("08") and error.diag.severity_nonlocalized == "FATAL"
 
 
+def goes_on(error: Exception) -> bool:
+    """Return whether an error is Postgres' answer to a statement, and the connection can be used further."""
+    return isinstance(error, psycopg2.Error) and error.diag.severity_nonlocalized == "ERROR"
+
+
 # --- Postgres: hosts --------------------------------------------------------------------------------
 LOOKUP_INTERVAL = 0.002  # seconds between two looks at the lookups that have begun
-LOOKUP_LIFETIME = 5.0  # seconds; an answer that comes too late for one attempt to connect serves the next ones
+LOOKUP_LIFETIME = 5.0  # seconds that an answer is used: one that is late for an attempt to connect serves the next
 
 
 class Address(NamedTuple):
@@ -552,7 +560,7 @@ class Lookup:
             hostaddrs = [str(entry[4][0]) for entry in entries]
             self.hostaddrs = list(dict.fromkeys(hostaddrs))
         except (OSError, UnicodeError):
-            return  # there is no such name
+            return  # there is no such name, or the name server has failed
         finally:
             self.ended = monotonic()
             self.done.set()
@@ -568,13 +576,8 @@ lookups: dict[str, Lookup] = {}  # the last one of each name
 failed_at: dict[Address, float] = {}  # monotonic seconds
 
 
-def last_failure(address: Address) -> float:
-    """Return when an address has failed, in monotonic seconds; 0 if it has not."""
-    return failed_at.get(address, 0)
-
-
 def needs_lookup(host: str) -> bool:
-    """Return whether a host may be a name, and is no folder of sockets and no IPv6 address."""
+    """Return whether a host is a name or an IPv4 address, which need not be told apart."""
     is_socket = host.startswith(("/", "@"))
     is_ipv6 = ":" in host
     return bool(host) and not is_socket and not is_ipv6
@@ -614,12 +617,12 @@ def find_addresses(deadline: float) -> list[Address]:
         return []
     names = [host for host in postgres_hosts() if needs_lookup(host)]
     lookup_of = {name: look_up(name) for name in names}
-    half_time = (monotonic() + deadline) / 2  # then a name without an answer does not hold up the others
+    half_time = (monotonic() + deadline) / 2
     while True:
         are_done = all(lookup.done.is_set() for lookup in lookup_of.values())
         addresses = known_addresses(lookup_of)
-        if addresses and (are_done or monotonic() > half_time):
-            return sorted(addresses, key=last_failure)
+        if addresses and (are_done or monotonic() > half_time):  # half of the time is left for connecting
+            return sorted(addresses, key=lambda address: failed_at.get(address, 0))
         if are_done:
             raise HostNotFound(f"PGHOST={','.join(names)} has no address")
         if monotonic() > deadline:
@@ -629,24 +632,24 @@ def find_addresses(deadline: float) -> list[Address]:
 
 # --- Postgres: connections --------------------------------------------------------------------------
 Row = tuple[Any, ...]
-SENT_AT_ONCE = 8192  # bytes; a shorter statement fits into the empty buffer of the socket
+SENT_AT_ONCE = 8192  # bytes; psycopg2 sends a shorter statement before `execute` returns
 
 
 class Connection:
-    """A connection to Postgres of which every wait ends at a deadline, in monotonic seconds.
+    """A connection to Postgres whose waits all end at a deadline, in monotonic seconds.
 
     Attributes:
         opened: when it began to be opened, in monotonic seconds.
-        server_id: which server it led to when it was opened; behind a pooler that may change.
-        stuck_commits: how many commits of the role had waited for a standby for DATABASE_TIMEOUT / 2 when it was asked.
-        end_of_write: COMMIT; the trial of init-db sets ROLLBACK.
+        server_id: which server it led to when it was opened. Behind a pooler it may lead to another one later.
+        stuck_commits: how many commits of the role waited too long for a standby when ask_about_server was last called.
     """
+
+    end_of_write = COMMIT
 
     def __init__(self, deadline: float) -> None:
         """Connect with libpq's settings; raise TimeoutError or psycopg2.Error."""
         self.addresses = find_addresses(deadline)
         self.opened = monotonic()
-        self.end_of_write = COMMIT
         options = connection_options(self.addresses)
         self.psycopg = psycopg2.connect(async_=True, **options)
         self.wait(deadline)
@@ -662,8 +665,8 @@ class Connection:
         """Wait until Postgres has answered; after a TimeoutError the connection is closed.
 
         Args:
-            is_sent: the statement has left, so wait for the socket before the first poll. While this waits, gevent
-                reads other clients, whose requests share the next statement.
+            is_sent: nothing is left to send. Then wait for the socket first, even if the answer is already there:
+                under gevent, other requests run meanwhile, and join the next batch.
         """
         try:
             state = extensions.POLL_READ if is_sent else self.psycopg.poll()
@@ -673,7 +676,7 @@ class Connection:
         except psycopg2.Error:
             raise  # psycopg2 knows the state of the connection
         except TimeoutError:
-            self.abandon()  # at once: an open connection could still deliver the statement
+            self.abandon()  # at once: Postgres ends the transaction when it notices
             raise
         except BaseException:  # the WSGI server kills this request
             self.close()
@@ -717,8 +720,8 @@ class Connection:
     def is_open(self) -> bool:
         """Return whether neither side has closed the connection."""
         try:
-            self.psycopg.poll()  # reads what the server may have sent, such as why it closes
-            self.psycopg.poll()  # raises an error if that was the last
+            self.psycopg.poll()  # may read no more than why the server closes
+            self.psycopg.poll()  # then this one finds the end
         except psycopg2.Error:
             return False
         return True
@@ -732,10 +735,22 @@ class Connection:
         info = self.psycopg.info
         host_and_port = (info.host, str(info.port))
         self.close()
+        # psycopg2 tells the host, and not which of its addresses: so the first one, which then moves to the end.
         for address in self.addresses:
             if (address.host, address.port or DEFAULT_PORT) == host_and_port:
                 failed_at[address] = monotonic()
-                return  # psycopg2 does not tell which of a name's addresses it was: the first, which is then the last
+                return
+
+
+class TrialConnection(Connection):
+    """A connection whose writes are rolled back, and so wait for no standby."""
+
+    end_of_write = ROLLBACK
+
+    def ask_about_server(self, deadline: float) -> None:
+        """Set `server_id` and `stuck_commits` without asking."""
+        self.server_id = ""
+        self.stuck_commits = 0
 
 
 def connection_options(addresses: list[Address]) -> dict[str, Any]:
@@ -775,11 +790,12 @@ def connect(deadline: float) -> Connection:
 
 
 class LastWrites:
-    """Tells which connections may lead to an old server, which still answers after a failover, with old rows.
+    """Tells which connections may lead to an old server: after a failover it still answers, with old rows.
 
-    A connection is replaced if its server is not that of the last write, and it was opened
-    - before the first write to the server of the last write: it is from before the failover, or
-    - more than DATABASE_TIMEOUT before the last write. A younger one is kept: its server may be the newer one.
+    A write shows that its server is the primary. A connection to another server is replaced if it was opened
+    - before the first write to this primary, so before the failover, or
+    - more than DATABASE_TIMEOUT before the last write, so before that write began: another server was primary then.
+    A connection that was opened later is kept, because its server may have become the primary meanwhile.
     """
 
     def __init__(self) -> None:
@@ -830,13 +846,13 @@ def write(
 ) -> list[Row]:
     """Run a statement that writes, at most once; return its rows when the commit is safe.
 
-    After UnconfirmedWrite it is committed, on this server alone. After LostCommit it may be committed, or be until
-    `final_at`. After any other error it is not committed, and never will be.
+    After UnconfirmedWrite it is committed, on this server alone. After LostCommit it is committed, or will be before
+    `final_at`, or never. After any other error it is not committed, and never will be.
     """
     check_standby(connection, deadline)
     idle_limit = deadline - monotonic()
     rows = begin_write(connection, statement, parameters, deadline, idle_limit)
-    # Postgres' idle time began when it answered, so before now: the transaction has ended at `final_at` at the latest.
+    # Postgres counts idle time from its answer, which is already here. So it ends the transaction before `final_at`.
     final_at = monotonic() + idle_limit
     commit(connection, deadline, final_at)
     last_writes.note(connection.server_id)
@@ -844,8 +860,12 @@ def write(
 
 
 def check_standby(connection: Connection, deadline: float) -> None:
-    """Raise StandbyMissing if earlier writes wait for a standby: a further one would leave one more stuck session."""
-    if connection.stuck_commits:
+    """Raise StandbyMissing while earlier writes wait for a standby.
+
+    No timeout of Postgres ends such a wait, and neither does closing the connection. So each further write would leave
+    one more session.
+    """
+    if connection.stuck_commits:  # perhaps no longer
         connection.ask_about_server(deadline)
     if connection.stuck_commits:
         connection.abandon()  # the next one tries another server first: it may have been promoted
@@ -866,13 +886,12 @@ def begin_write(
     timeouts = [milliseconds(seconds) for seconds in (STATEMENT_TIMEOUT, LOCK_TIMEOUT, idle_limit)]
     try:
         return connection.execute(begun, deadline, (*timeouts, *parameters))
-    except LostConnection:
-        raise
     except errors.ReadOnlySqlTransaction:  # a failover has made the server a standby
         connection.abandon()
         raise
-    except psycopg2.Error:
-        connection.execute(ROLLBACK, deadline)  # the transaction has begun
+    except psycopg2.Error as error:
+        if goes_on(error):
+            connection.execute(ROLLBACK, deadline)  # the transaction has begun
         raise
 
 
@@ -882,18 +901,15 @@ def commit(connection: Connection, deadline: float, final_at: float) -> None:
     try:
         connection.execute(connection.end_of_write, deadline)
         warnings = connection.take_warnings()
-    except (TimeoutError, psycopg2.OperationalError) as error:
-        if is_rollback(error):
+    except errors.IdleInTransactionSessionTimeout:  # the COMMIT was late: the transaction is rolled back
+        raise
+    except DATABASE_ERRORS as error:
+        if goes_on(error):  # and has rolled back
             raise
         raise LostCommit(str(error), final_at) from None
     if warnings:
         connection.close()  # the next one asks how many commits wait
         raise UnconfirmedWrite("no synchronous standby has confirmed a write")
-
-
-def is_rollback(error: Exception) -> bool:
-    """Return whether Postgres has answered to COMMIT that the transaction is rolled back, and goes on."""
-    return isinstance(error, psycopg2.Error) and error.diag.severity_nonlocalized == "ERROR"
 
 
 def find(
@@ -1094,7 +1110,7 @@ class Batcher:
             batch.done.set()
 
     def linger(self) -> None:
-        """Keep the connection for one turn of the event loop, in which more requests can join the batch that waits."""
+        """Let the clients that were just answered send their next requests, which join the batch that waits."""
         if self.waiting:
             sleep(YIELD_SECONDS)
 
@@ -1112,7 +1128,7 @@ class Batcher:
     def run_row_by_row(self, slot: Slot, batch: Batch, deadline: float) -> None:
         """Run the statement for each row of a batch, while Postgres answers in time."""
         for username, value in batch.rows.items():
-            if monotonic() > deadline:
+            if monotonic() > deadline - 2 * LOCK_TIMEOUT:  # Postgres must answer before the deadline
                 return
             try:
                 self.run_rows(slot, batch, {username: value}, 1, deadline)
@@ -1139,8 +1155,8 @@ class Batcher:
                 batch.final_at = error.final_at
             self.observe(self.name, requests, monotonic() - start, error)
             raise
-        except BaseException:  # the WSGI server kills this request, perhaps during a COMMIT
-            batch.final_at = monotonic() + DATABASE_TIMEOUT
+        except BaseException:  # a bug, or the WSGI server kills this request, perhaps during a COMMIT
+            batch.final_at = monotonic() + DATABASE_TIMEOUT  # the transaction ends before
             raise
         batch.results.update(results)
         self.observe(self.name, requests, monotonic() - start, None)
@@ -1198,11 +1214,9 @@ def run_schema(connection: Connection, deadline: float) -> None:
         raise UnusableDatabase(f"schema.sql cannot be applied: {first_line(error)}") from None
 
 
-def try_statements(connection: Connection, deadline: float) -> None:
-    """Run the service's statements and roll them back; raise UnusableDatabase."""
+def try_statements(connection: TrialConnection, deadline: float) -> None:
+    """Run the service's statements, without a commit; raise UnusableDatabase."""
     username = f"init-db {uuid.uuid4()} ".ljust(MAX_NAME_BYTES, "-")  # no user's: it is not only letters
-    connection.stuck_commits = 0  # what is rolled back waits for no standby
-    connection.end_of_write = ROLLBACK
     try:
         for batcher in BATCHERS:
             batcher.operation(connection, {username: date.min}, deadline)
@@ -1212,7 +1226,7 @@ def try_statements(connection: Connection, deadline: float) -> None:
 
 def apply_schema(deadline: float) -> None:
     """Connect once, apply schema.sql, and check that the service can work with the result."""
-    connection = Connection(min(deadline, monotonic() + CONNECT_TIMEOUT))
+    connection = TrialConnection(min(deadline, monotonic() + CONNECT_TIMEOUT))
     try:
         check_encoding(connection, deadline)
         run_schema(connection, deadline)

@@ -38,8 +38,9 @@ def statements(monkeypatch: pytest.MonkeyPatch) -> Statements:
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no timeout end a wait that a busy machine makes longer."""
-    for name in ("QUEUE_TIMEOUT", "JOIN_SECONDS", "STATEMENT_TIMEOUT", "LOCK_TIMEOUT", "DATABASE_TIMEOUT"):
+    for name in ("QUEUE_TIMEOUT", "JOIN_SECONDS", "STATEMENT_TIMEOUT", "LOCK_TIMEOUT"):
         monkeypatch.setattr(hello, name, 60)
+    monkeypatch.setattr(hello, "DATABASE_TIMEOUT", 300)
 
 
 @pytest.fixture
@@ -160,6 +161,21 @@ def test_put_of_a_locked_row_is_503_and_the_rest_of_its_batch_204(
         puts += [in_thread(put, app, name) for name in ("Adam", "Locked", "Zoe")]
         assert results(puts) == [503, 204, 503, 204]
     assert table.rows() == {"Locked": date(1990, 1, 1), "Adam": date(1990, 5, 17), "Zoe": date(1990, 5, 17)}
+
+
+def test_batch_whose_rows_are_all_locked_is_503_before_its_deadline_on_the_same_connection(
+    app: TestApp, table: Database, statements: Statements, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hello, "LOCK_TIMEOUT", 0.3)
+    monkeypatch.setattr(hello, "DATABASE_TIMEOUT", 1.45)  # a fifth wait would reach it
+    for name in NAMES:
+        table.query("INSERT INTO users VALUES (%s, '1990-01-01')", name)
+    with table.locked("SELECT FROM users FOR UPDATE"):
+        with hello.WRITE_POOL.slot(timeout=10):  # so that the requests share a batch
+            puts = [in_thread(put, app, name) for name in NAMES]
+            wait_for_waiting(hello.save_date_of_birth, len(NAMES))
+        assert results(puts) == [503] * len(NAMES)
+    assert {error for _, _, error in statements} == {"LockNotAvailable"}
 
 
 @pytest.mark.usefixtures("patient")

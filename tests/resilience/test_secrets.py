@@ -58,7 +58,7 @@ def test_role_of_the_service_may_do_what_every_operation_does(
     for name, value in database.service_environment.items():
         monkeypatch.setenv(name, value)
     deadline = time.monotonic() + 10
-    with contextlib.closing(hello.connect(deadline)) as connection:
+    with contextlib.closing(hello.TrialConnection(deadline)) as connection:
         hello.try_statements(connection, deadline)
 
 
