@@ -269,12 +269,12 @@ class Unavailable(HTTPError):
         super().__init__(503, "The database does not answer: try again in a second.", ("Retry-After", "1"))
 
 
-encode_json = json.JSONEncoder(ensure_ascii=False).encode
+encode_json = json.JSONEncoder(ensure_ascii=False).encode  # of a text: several times as fast as of a dict
 
 
 def message_response(status: int, message: str, *headers: Header) -> Response:
     """Return a response with the content {"message": ...} and a line end."""
-    content = encode_json({"message": message}) + "\n"
+    content = f'{{"message": {encode_json(message)}}}\n'
     return Response(status, content.encode(), headers=headers)
 
 
@@ -327,12 +327,15 @@ def refuse_constant(name: str) -> NoReturn:
     raise ValueError(name)
 
 
+decode_json = json.JSONDecoder(parse_constant=refuse_constant).decode
+
+
 def parse_document(content: bytes) -> dict[str, Any]:
     """Return the JSON object in the content (RFC 8259); or 400."""
     if content.startswith(b"\xef\xbb\xbf"):
         raise HTTPError(400, f"The content must not begin with a byte order mark: send {EXAMPLE}.")
     try:
-        document = json.loads(content.decode(), parse_constant=refuse_constant)
+        document = decode_json(content.decode())
     except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict):
