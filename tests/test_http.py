@@ -1,12 +1,14 @@
-"""The service takes HTTP to the letter (RFC 9110, RFC 9112): raw bytes in, raw bytes out."""
+"""The whole service, gunicorn, hello.py and Postgres, takes HTTP to the letter (RFC 9110, RFC 9112)."""
 
-import re
 from collections.abc import Iterator
+from contextlib import closing
+from datetime import date
+from urllib.parse import quote
 
 import pytest
 
 from server import parser
-from tests.support.network import exchange, responses
+from tests.support.network import Connection, exchange, responses
 from tests.support.postgres import Database
 from tests.support.raw_requests import DATE, ERRORS, GOOD, SECOND, TWO_FAULTS
 from tests.support.service import Service
@@ -16,8 +18,7 @@ from tests.support.wait import wait_until
 @pytest.fixture(scope="module")
 def service(database: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service that no request may cost a worker."""
-    timeouts = {"HEAD_TIMEOUT": "1", "CONTENT_TIMEOUT": "1", "LOG_FORMAT": "json"}
-    with Service(tmp_path_factory.mktemp("http"), database, **timeouts) as service:
+    with Service(tmp_path_factory.mktemp("http"), database, WEB_CONCURRENCY="1") as service:
         assert service.put("Second").status == 204
         workers = service.workers()
         yield service
@@ -43,15 +44,6 @@ def test_request_with_two_faults_is_answered_and_logged_and_the_one_before_it_is
     second, refused = responses(exchange(service.port, SECOND + request_bytes + SECOND))
     assert (second.status, refused.status) == (200, status)
     wait_until(lambda: refused.headers["X-Request-Id"] in service.log_text())
-
-
-def test_protocol_error_has_a_request_id_and_a_log_line(service: Service) -> None:
-    (response,) = responses(exchange(service.port, b"SESAME /hello/Sesame HTTP/1.1\r\nHost: a\r\n\r\n"))
-    request_id = response.headers["X-Request-Id"]
-    assert re.fullmatch("[0-9a-f]{32}", request_id)
-    line = wait_until(lambda: [line for line in service.log_text().splitlines() if request_id in line])
-    assert '"status": 501' in line[0]
-    assert "esame" not in line[0]
 
 
 @pytest.mark.parametrize(
@@ -114,3 +106,52 @@ def test_client_that_expects_100_continue_for_too_much_content_is_told_413_at_on
     (response,) = responses(exchange(service.port, EXPECTING + b"Content-Length: %d\r\n\r\n" % length))
     assert response.status == 413
     assert response.headers["Connection"] == "close"
+
+
+# --- Connections that are kept alive ----------------------------------------------------------------
+
+
+@pytest.fixture
+def connection(service: Service, table: Database) -> Iterator[Connection]:
+    """One connection, which each test uses throughout, to a service without users."""
+    with closing(service.connect()) as connection:
+        yield connection
+    service.put("Second")
+
+
+def test_put_and_get_of_a_name_in_utf_8(connection: Connection, table: Database) -> None:
+    assert connection.ask("PUT", f"/hello/{quote('Zoë')}", DATE).status == 204
+    assert table.rows() == {"Zoë": date(1990, 5, 17)}
+    response = connection.ask("GET", f"/hello/{quote('Zoë')}?a=b")
+    assert response.status == 200
+    assert response.message.startswith("Hello, Zoë! ")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "status"),
+    [
+        ("PUT", "/hello/Zoe1", DATE.ljust(100), 400),
+        ("PUT", "/hello/Zoe", b"{", 400),
+        ("PUT", "/hello/Zoe", DATE.ljust(50_000), 413),
+        ("GET", "/hello/Nobody", DATE.ljust(100), 404),
+        ("POST", "/hello/Zoe", DATE.ljust(3000), 405),
+        ("OPTIONS", "/hello/Zoe", DATE.ljust(3000), 204),
+        ("HEAD", "/hello/Nobody", None, 404),
+    ],
+)
+def test_error_leaves_the_connection_usable(
+    connection: Connection, table: Database, method: str, path: str, content: bytes | None, status: int
+) -> None:
+    assert connection.ask(method, path, content).status == status
+    before = connection.sock
+    assert connection.ask("PUT", "/hello/Next", DATE).status == 204
+    assert connection.sock is before
+    assert table.rows() == {"Next": date(1990, 5, 17)}
+
+
+def test_content_that_is_not_read_whole_ends_the_connection(connection: Connection, table: Database) -> None:
+    response = connection.ask("PUT", "/hello/Zoe", DATE.ljust(1_000_000))
+    assert response.status == 413
+    assert response.headers["Connection"] == "close"
+    assert response.message == "The content must be at most 4096 bytes long."
+    assert table.rows() == {}

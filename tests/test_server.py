@@ -8,18 +8,19 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import gevent
+import gevent.pool
 import gevent.socket
 import pytest
 
+import hello
 from server import settings
 from server.worker import ClientConnection, Worker
-from tests.support.network import RESET_ON_CLOSE, exchange, read_all, responses
+from tests.support.network import LOOPBACK, RESET_ON_CLOSE, Response, exchange, read_all, responses
 from tests.support.service import Service
 from tests.support.wait import in_thread, wait_until
 
@@ -37,52 +38,78 @@ def service(database: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
         assert service.workers() == workers
 
 
-@pytest.fixture(scope="module")
-def limited(database: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Service]]:
-    """Start a service whose time limit with the given name is a second, and whose others are long."""
-    with contextlib.ExitStack() as stack:
-
-        @cache
-        def start(name: str) -> Service:
-            limits = dict.fromkeys(["HEAD_TIMEOUT", "CONTENT_TIMEOUT", "KEEPALIVE_TIMEOUT"], "60") | {name: "1"}
-            service = Service(tmp_path_factory.mktemp("limited"), database, WEB_CONCURRENCY="1", **limits)
-            return stack.enter_context(service)
-
-        yield start
-
-
-def seconds_until_closed(client: socket.socket) -> tuple[bytes, float]:
-    """Return what the service sends before it closes a connection, and after how many seconds it does."""
-    start = time.monotonic()
-    return read_all(client), time.monotonic() - start
-
-
 # --- Content ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "status"),
+    ("request_bytes", "status"),
     [
-        ("HEAD", "/hello/Sesame", 404),
-        ("HEAD", "/livez", 200),
-        ("HEAD", "/nothing", 404),
-        ("OPTIONS", "/livez", 204),
-        ("OPTIONS", "/hello/Sesame", 204),
+        (b"HEAD /hello/Sesame HTTP/1.1\r\nHost: a\r\n\r\n", 404),
+        (b"HEAD /livez HTTP/1.1\r\nHost: a\r\n\r\n", 200),
+        (b"OPTIONS /hello/Sesame HTTP/1.1\r\nHost: a\r\n\r\n", 204),
+        (PUT + b'{"dateOfBirth": "1990-05-17"}', 204),
     ],
+    ids=["HEAD 404", "HEAD 200", "OPTIONS", "PUT"],
 )
-def test_response_that_has_no_content_ends_with_its_head(service: Service, method: str, path: str, status: int) -> None:
-    data = exchange(service.port, f"{method} {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+def test_response_that_has_no_content_ends_with_its_head(service: Service, request_bytes: bytes, status: int) -> None:
+    data = exchange(service.port, request_bytes)
     assert data.startswith(b"HTTP/1.1 %d " % status)
     assert data.index(b"\r\n\r\n") == len(data) - 4
 
 
-def test_put_that_is_204_ends_with_its_head(service: Service) -> None:
-    data = exchange(service.port, PUT + b'{"dateOfBirth": "1990-05-17"}')
-    assert data.startswith(b"HTTP/1.1 204 ")
-    assert data.index(b"\r\n\r\n") == len(data) - 4
-
-
 # --- Time limits ----------------------------------------------------------------------------------------
+
+
+def connection_on(ours: socket.socket) -> ClientConnection:
+    """Return a connection of a worker that does nothing by itself."""
+    parts: dict[str, Any] = {
+        "common_environ": lambda address: {},
+        "telemetry": None,
+        "wsgi": hello.application,
+        "alive": True,
+        "notify": lambda: None,
+    }
+    worker = cast(Worker, SimpleNamespace(**parts))
+    worker.connections = {connection := ClientConnection(worker, ours)}
+    return connection
+
+
+def sweep_without_end(worker: Worker) -> None:
+    """Look after the connections of a worker, as it does."""
+    while True:
+        Worker.sweep(worker)
+
+
+def send_and_wait(
+    monkeypatch: pytest.MonkeyPatch, limit: str, opening: bytes, *, drips: bool = False
+) -> tuple[list[Response], float]:
+    """Send something, perhaps a byte now and then too, to a server with one short time limit.
+
+    Returns:
+        its responses, and after how many seconds it closed the connection
+    """
+    for name in ("HEAD_TIMEOUT", "CONTENT_TIMEOUT", "KEEPALIVE_TIMEOUT"):
+        monkeypatch.setattr(settings, name, 0.3 if name == limit else 60.0)
+
+    def drip() -> None:
+        with contextlib.suppress(OSError):
+            while drips:
+                client.sendall(b"x")
+                gevent.sleep(0.02)
+
+    with socket.create_server((LOOPBACK, 0)) as server, gevent.socket.create_connection(server.getsockname()) as client:
+        connection = connection_on(gevent.socket.socket(fileno=server.accept()[0].detach()))
+        client.sendall(opening)
+        start = time.monotonic()
+        greenlets = gevent.pool.Group()
+        greenlets.spawn(sweep_without_end, connection.worker)
+        greenlets.spawn(connection.serve)
+        greenlets.spawn(drip)
+        try:
+            with gevent.Timeout(10):
+                return responses(read_all(client)), time.monotonic() - start
+        finally:
+            greenlets.kill()
 
 
 @pytest.mark.parametrize(
@@ -96,27 +123,17 @@ def test_put_that_is_204_ends_with_its_head(service: Service) -> None:
     ids=["request line", "head", "content", "chunk"],
 )
 def test_request_that_stalls_is_408_after_the_time_limit_of_its_phase(
-    limited: Callable[[str], Service], sent: bytes, limit: str
+    monkeypatch: pytest.MonkeyPatch, sent: bytes, limit: str
 ) -> None:
-    with limited(limit).open_socket() as client:
-        client.sendall(sent)
-        data, seconds = seconds_until_closed(client)
-    (response,) = responses(data)
+    [response], seconds = send_and_wait(monkeypatch, limit, sent)
     assert response.status == 408
     assert response.headers["Connection"] == "close"
-    assert 0.9 < seconds < 15
+    assert 0.25 < seconds < 5
 
 
-def test_head_that_arrives_byte_by_byte_has_one_time_limit(limited: Callable[[str], Service]) -> None:
-    with limited("HEAD_TIMEOUT").open_socket() as client:
-        client.sendall(LIVEZ[:-2] + b"X-A: ")
-        answer = in_thread(seconds_until_closed, client)
-        while not answer.done():
-            with contextlib.suppress(OSError):
-                client.sendall(b"x")
-            time.sleep(0.05)
-        _, seconds = answer.result()
-    assert 0.9 < seconds < 15
+def test_head_that_arrives_byte_by_byte_has_one_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, seconds = send_and_wait(monkeypatch, "HEAD_TIMEOUT", LIVEZ[:-2] + b"X-A: ", drips=True)
+    assert 0.25 < seconds < 5
 
 
 @pytest.mark.parametrize(
@@ -129,13 +146,23 @@ def test_head_that_arrives_byte_by_byte_has_one_time_limit(limited: Callable[[st
     ],
 )
 def test_idle_connection_is_closed_without_a_response(
-    limited: Callable[[str], Service], opening: bytes, limit: str
+    monkeypatch: pytest.MonkeyPatch, opening: bytes, limit: str
 ) -> None:
-    with limited(limit).open_socket() as client:
-        client.sendall(opening)
-        data, seconds = seconds_until_closed(client)
-    assert [response.status for response in responses(data)] == [200] * opening.count(b"GET")
-    assert 0.9 < seconds < 15
+    found, seconds = send_and_wait(monkeypatch, limit, opening)
+    assert [response.status for response in found] == [200] * opening.count(b"GET")
+    assert 0.25 < seconds < 5
+
+
+@pytest.mark.parametrize(("idle_seconds", "is_closed"), [(0.5, False), (1.2, True)])  # around STOPPING_SECONDS
+def test_connection_that_was_idle_for_longer_is_closed_at_once_when_the_service_stops(
+    idle_seconds: float, is_closed: bool
+) -> None:
+    ours, _ = gevent.socket.socketpair()
+    connection = connection_on(ours)
+    connection.since -= idle_seconds
+    connection.worker.alive = False
+    Worker.sweep(connection.worker)
+    assert connection.is_late == is_closed
 
 
 def test_client_that_does_not_read_is_closed(service: Service) -> None:
@@ -145,26 +172,6 @@ def test_client_that_does_not_read_is_closed(service: Service) -> None:
             while time.monotonic() < end:
                 client.sendall(b"GET /openapi.yaml HTTP/1.1\r\nHost: a\r\n\r\n" * 100)
     assert service.ask("GET", "/livez").status == 200
-
-
-def connection_on(ours: socket.socket) -> ClientConnection:
-    """Return a connection of a worker that does nothing by itself."""
-    parts: dict[str, Any] = {
-        "common_environ": lambda address: {},
-        "telemetry": None,
-        "wsgi": None,
-        "alive": True,
-        "notify": lambda: None,
-    }
-    worker = cast(Worker, SimpleNamespace(**parts))
-    worker.connections = {connection := ClientConnection(worker, ours)}
-    return connection
-
-
-def sweep_without_end(worker: Worker) -> None:
-    """Look after the connections of a worker, as it does."""
-    while True:
-        Worker.sweep(worker)
 
 
 def test_client_that_does_not_read_and_stalls_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +193,7 @@ def test_client_that_does_not_read_and_stalls_is_closed(monkeypatch: pytest.Monk
 
 
 def test_deadline_of_a_client_that_reset_its_connection_is_no_error() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+    with socket.create_server((LOOPBACK, 0)) as server, socket.create_connection(server.getsockname()) as client:
         ours = server.accept()[0]
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
         client.close()
@@ -285,7 +292,7 @@ def test_request_that_outlasts_a_stop_is_cut_before_gunicorn_kills_the_worker(
             return hello.application(environ, start_response)
     """)
     own = {"application": "own:application", "PYTHONPATH": str(tmp_path)}
-    with Service(tmp_path, database, GRACEFUL_TIMEOUT="2", **own) as service:
+    with Service(tmp_path, database, WEB_CONCURRENCY="1", GRACEFUL_TIMEOUT="2", **own) as service:
         slow = in_thread(exchange, service.port, b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n")
         with service.open_socket() as later:
             later.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
@@ -315,7 +322,7 @@ def connect_until_refused(port: int, answers: list[bytes]) -> list[str]:
     defects = []
     while True:
         try:
-            with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+            with socket.create_connection((LOOPBACK, port), timeout=20) as client:
                 client.sendall(LIVEZ)
                 answers.append(client.recv(1000))
                 if not answers[-1].startswith(b"HTTP/1.1 200 "):
@@ -355,22 +362,3 @@ def test_clients_that_wait_for_a_full_worker_that_stops_are_answered(database: d
         found = [response.status for client in waiting for response in responses(read_all(client))]
         assert found == [200, 200, 200]
         assert service.process.wait(20) == 0
-
-
-def test_connection_that_was_idle_for_longer_closes_at_once_when_the_service_stops(
-    database: dict[str, str], tmp_path: Path
-) -> None:
-    with Service(tmp_path, database, WEB_CONCURRENCY="1") as service, service.open_socket() as idle:
-        time.sleep(1.2)  # STOPPING_SECONDS and a sweep
-        service.process.terminate()
-        _, seconds = seconds_until_closed(idle)
-    assert seconds < 0.9
-
-
-def test_reload_keeps_accepting_connections(database: dict[str, str], tmp_path: Path) -> None:
-    with Service(tmp_path, database) as service:
-        before = set(service.workers())
-        service.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: len(workers := set(service.workers())) == 2 and not workers & before, 20)
-        for _ in range(50):
-            assert service.ask("GET", "/livez").status == 200

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import hello
 from tests.support.network import Connection, Response, exchange, free_port
 from tests.support.service import Service, body
-from tests.support.wait import wait_until
+from tests.support.wait import in_thread, wait_until
 
 Samples = dict[str, dict[tuple[str, ...], float]]
 
@@ -68,6 +68,10 @@ class MonitoredService(Service):
         """Return what /metrics says was answered, by method, route and status."""
         return {key: value for key, value in self.metrics()["http_requests_total"].items() if value}
 
+    def dropped_lines(self) -> float:
+        """Return how many log lines /metrics says were lost."""
+        return self.metrics()["log_lines_dropped_total"][()]
+
     def lines(self, message: str = "request") -> list[dict[str, Any]]:
         """Return the complete log lines so far whose message contains a text."""
         complete, _, _ = self.log_text().rpartition("\n")
@@ -97,11 +101,8 @@ class MonitoredService(Service):
                 self.ask("GET", "/nowhere")
                 self.ask("GET", "/readyz")
 
-        threads = [threading.Thread(target=send) for _ in range(clients)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        for client in [in_thread(send) for _ in range(clients)]:
+            client.result(60)
 
 
 class PipedService(MonitoredService):

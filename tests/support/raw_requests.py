@@ -18,7 +18,6 @@ ERRORS = {
     "two lengths": (PUT + b"Content-Length: 29\r\nContent-Length: 0\r\n\r\n", 400),
     "two equal lengths": (PUT + b"Content-Length: 29\r\nContent-Length: 29\r\n\r\n" + DATE, 400),
     "length with a sign": (PUT + b"Content-Length: +29\r\n\r\n" + DATE, 400),
-    "negative length": (PUT + b"Content-Length: -1\r\n\r\n", 400),
     "length in hexadecimal": (PUT + b"Content-Length: 0x1d\r\n\r\n" + DATE, 400),
     "list of lengths": (PUT + b"Content-Length: 29, 29\r\n\r\n" + DATE, 400),
     "empty length": (PUT + b"Content-Length: \r\n\r\n", 400),
@@ -27,26 +26,14 @@ ERRORS = {
     "coding that looks like chunked": (PUT + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n", 400),
     "coding and vertical tab": (PUT + b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n", 400),
     "chunked twice": (PUT + b"Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n", 400),
-    "chunked in two headers": (
-        PUT + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        400,
-    ),
     "chunked not last": (PUT + b"Transfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n", 400),
-    "unknown coding before chunked": (PUT + b"Transfer-Encoding: x, chunked\r\n\r\n" + CHUNKS, 501),
     "gzip before chunked": (PUT + b"Transfer-Encoding: gzip, chunked\r\n\r\n" + CHUNKS, 501),
-    "gzip and chunked in two headers": (
-        PUT + b"Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n" + CHUNKS,
-        501,
-    ),
-    "chunked in HTTP/1.0": (
-        b"PUT /hello/Sesame HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + CHUNKS,
-        400,
-    ),
+    "gzip and chunked in two headers": (PUT + b"Transfer-Encoding: gzip\r\n" + CHUNKED.removeprefix(PUT) + CHUNKS, 501),
+    "chunked in HTTP/1.0": (CHUNKED.replace(b"1.1", b"1.0") + CHUNKS, 400),
     "space before colon": (PUT + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n", 400),
     "folded coding": (PUT + b"Transfer-Encoding:\r\n chunked\r\n\r\n0\r\n\r\n", 400),
     "chunk size not a number": (CHUNKED + b"sesame\r\n" + DATE + b"\r\n0\r\n\r\n", 400),
     "chunk size with prefix": (CHUNKED + b"0x1d\r\n" + DATE + b"\r\n0\r\n\r\n", 400),
-    "negative chunk size": (CHUNKED + b"-1\r\n\r\n0\r\n\r\n", 400),
     "empty chunk size": (CHUNKED + b"\r\n" + DATE + b"\r\n0\r\n\r\n", 400),
     "endless chunk size": (CHUNKED + b"0" * 10000, 400),
     "chunk too long": (CHUNKED + b"1c\r\n" + DATE + b"\r\n0\r\n\r\n", 400),
@@ -59,22 +46,17 @@ ERRORS = {
     "two hosts in HTTP/1.0": (b"GET /hello/Sesame HTTP/1.0\r\nHost: a\r\nHost: a\r\n\r\n", 400),
     **{
         f"host {host}": (b"GET /hello/Sesame HTTP/1.1\r\nHost: %b\r\n\r\n" % host.encode(), 400)
-        for host in ("a b", "a/b", "u@a", "a:x", "[::1", "a:80:80", "a?b", "a#b", "a%2", '"a"', "<a>", "::1")
+        for host in ("a b", "a/b", "u@a", "a:x", "[::1", "a:80:80", "a?b", "a#b", "a%2", "a\\b", '"a"', "<a>", "::1")
     },
-    "host with a backslash": (b"GET /hello/Sesame HTTP/1.1\r\nHost: a\\b\r\n\r\n", 400),
     # The request line (RFC 9112, section 3)
     "no version": (b"GET /hello/Sesame\r\n\r\n", 400),
     "version in small letters": (b"GET /hello/Sesame http/1.1\r\n" + HOST + b"\r\n", 400),
     "version 2": (b"GET /hello/Sesame HTTP/2.0\r\n" + HOST + b"\r\n", 505),
-    "version 9.9": (b"GET /hello/Sesame HTTP/9.9\r\n" + HOST + b"\r\n", 505),
-    "version 0.9": (b"GET /hello/Sesame HTTP/0.9\r\n" + HOST + b"\r\n", 505),
     "version 1.10": (b"GET /hello/Sesame HTTP/1.10\r\n" + HOST + b"\r\n", 400),
     "preface of HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
     "RTSP": (b"GET /hello/Sesame RTSP/1.0\r\n" + HOST + b"\r\n", 400),
     "RTSP with a method of its own": (b"DESCRIBE /hello/Sesame RTSP/1.0\r\n" + HOST + b"\r\n", 501),
-    "ICE": (b"SOURCE /hello/Sesame ICE/1.0\r\n" + HOST + b"\r\n", 501),
     "unknown method": (b"SESAME /hello/Sesame HTTP/1.1\r\n" + HOST + b"\r\n", 501),
-    "method of RTSP": (b"DESCRIBE /hello/Sesame HTTP/1.1\r\n" + HOST + b"\r\n", 501),
     "method of WebDAV": (b"MKCOL /hello/Sesame HTTP/1.1\r\n" + HOST + b"\r\n", 501),
     "method in small letters": (b"get /hello/Sesame HTTP/1.1\r\n" + HOST + b"\r\n", 501),
     "tunnel": (b"CONNECT sesame:80 HTTP/1.1\r\n" + HOST + b"\r\n", 501),
@@ -84,19 +66,11 @@ ERRORS = {
     "space in the target": (b"GET /hello/Ses ame HTTP/1.1\r\n" + HOST + b"\r\n", 400),
     "bytes in the target": (b"GET /hello/S\xc3\xa9same HTTP/1.1\r\n" + HOST + b"\r\n", 400),
     "nul in the target": (b"GET /hello/Ses\x00ame HTTP/1.1\r\n" + HOST + b"\r\n", 400),
-    "asterisk": (b"GET * HTTP/1.1\r\n" + HOST + b"\r\n", 400),
     "asterisk of OPTIONS": (b"OPTIONS * HTTP/1.1\r\n" + HOST + b"\r\n", 400),
     "target without a slash": (b"GET sesame HTTP/1.1\r\n" + HOST + b"\r\n", 400),
     **{
         f"target {target}": (b"GET %b HTTP/1.1\r\n" % target.encode() + HOST + b"\r\n", 400)
-        for target in (
-            "http:///livez",
-            "http://a:b/",
-            "http://:80/",
-            "http://u@a/livez",
-            "http://[sesame/",
-            "ftp://a/livez",
-        )
+        for target in ("http:///livez", "http://a:b/", "http://u@a/livez", "http://[sesame/", "ftp://a/livez")
     },
     "long target": (b"GET /hello/" + b"Sesame" * 2000 + b" HTTP/1.1\r\n" + HOST + b"\r\n", 414),
     "endless target": (b"GET /hello/" + b"Sesame" * 20000, 414),
@@ -120,13 +94,12 @@ ERRORS = {
     "unknown expectation": (PUT + b"Expect: sesame\r\nContent-Length: 29\r\n\r\n" + DATE, 417),
     "two expectations": (PUT + b"Expect: 100-continue, sesame\r\nContent-Length: 29\r\n\r\n" + DATE, 417),
     "expectation and no-break space": (PUT + b"Expect: \xa0100-continue\r\nContent-Length: 29\r\n\r\n" + DATE, 417),
-    "expectation in two letters more": (PUT + b"Expect: X100-continueX\r\nContent-Length: 29\r\n\r\n" + DATE, 417),
     # Other protocols
     "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(256)) * 2, 400),
-    "binary": (bytes(range(255, -1, -1)) * 4, 400),
 }
 
 # What is refused for one fault although llhttp stumbles over another, and the status of the response to it
+SPACE, TAB = b"Transfer-Encoding: chunked \r\n", b"Transfer-Encoding: chunked\t\r\n"
 UPGRADE = b"Connection: Upgrade\r\nUpgrade: h2c\r\n"
 TWO_FAULTS = {
     "upgrade and too much content": (PUT + UPGRADE + b"Expect: 100-continue\r\nContent-Length: 6000\r\n\r\n", 413),
@@ -135,19 +108,14 @@ TWO_FAULTS = {
     "upgrade and a bad chunk": (PUT + UPGRADE + b"Transfer-Encoding: chunked\t\r\n\r\nzz", 400),
     "upgrade and a CR": (PUT + UPGRADE + b"X-A: b\rTransfer-Encoding: chunked\r\n\r\n", 400),
     "upgrade with a CR": (PUT + b"Upgrade: a\rTransfer-Encoding: chunked\r\n\r\n", 400),
-    "space behind chunked and an unknown expectation": (
-        PUT + b"Transfer-Encoding: chunked \r\nExpect: sesame\r\n\r\n",
-        417,
-    ),
-    "tabs behind chunked, twice": (
-        PUT + b"Transfer-Encoding: chunked\t\r\nTransfer-Encoding: chunked\t\r\n\r\n",
-        400,
-    ),
+    "space behind chunked and an unknown expectation": (PUT + SPACE + b"Expect: sesame\r\n\r\n", 417),
+    "tabs behind chunked, twice": (PUT + TAB + TAB + b"\r\n", 400),
     "a line of a tab": (PUT + b"\t\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
     "a line of a space": (PUT + b" \r\nTransfer-Encoding: chunked\t\r\n\r\n", 400),
 }
 
 # What HTTP allows, and the status of the response to it
+PUT_SECOND = b"PUT /hello/Second HTTP/1.1\r\nHost: a\r\nTransfer-Encoding:"
 GOOD = {
     "blank lines before it (RFC 9112, 2.2)": (b"\r\n" * 3 + SECOND, 200),
     "two spaces (RFC 9112, 3)": (SECOND.replace(b" ", b"  ", 1), 200),
@@ -155,18 +123,9 @@ GOOD = {
         b"PUT /hello/Second HTTP/1.1\r\nhost:\ta \r\nCONTENT-LENGTH:29 \t\r\n\r\n" + DATE,
         204,
     ),
-    "white space around chunked (RFC 9112, 5.1)": (
-        b"PUT /hello/Second HTTP/1.1\r\nHost: a\r\nTransfer-Encoding:\tchunked\t\r\n\r\n" + CHUNKS,
-        204,
-    ),
-    "chunked and an empty element (RFC 9110, 5.6.1)": (
-        b"PUT /hello/Second HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked, ,\r\n\r\n" + CHUNKS,
-        204,
-    ),
-    "chunked in capitals": (
-        b"PUT /hello/Second HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: Chunked\r\n\r\n" + CHUNKS,
-        204,
-    ),
+    "white space around chunked (RFC 9112, 5.1)": (PUT_SECOND + b"\tchunked\t\r\n\r\n" + CHUNKS, 204),
+    "chunked and an empty element (RFC 9110, 5.6.1)": (PUT_SECOND + b"chunked, ,\r\n\r\n" + CHUNKS, 204),
+    "chunked in capitals": (PUT_SECOND + b"Chunked\r\n\r\n" + CHUNKS, 204),
     "absolute target (RFC 9112, 3.2.2)": (b"GET http://b:80/livez HTTP/1.1\r\nHost: a\r\n\r\n", 200),
     "absolute target without a port": (b"GET HTTP://[::1]/livez HTTP/1.1\r\nHost: a\r\n\r\n", 200),
     "no host in HTTP/1.0": (b"GET /livez HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", 200),
@@ -174,10 +133,7 @@ GOOD = {
         f"host '{host}'": (b"GET /livez HTTP/1.1\r\nHost: %b\r\n\r\n" % host.encode(), 200)
         for host in ("", "a", "a.example:8080", "a_b", "a:", "[::1]", "[::1]:80", "127.0.0.1", "%61", "xn--a")
     },
-    "upgrade (RFC 9110, 7.8)": (
-        b"GET /livez HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n",
-        200,
-    ),
+    "upgrade (RFC 9110, 7.8)": (b"GET /livez HTTP/1.1\r\nHost: a\r\n" + UPGRADE + b"\r\n", 200),
     "expectation in HTTP/1.0": (
         b"PUT /hello/Second HTTP/1.0\r\nExpect: x\r\nConnection: keep-alive\r\nContent-Length: 29\r\n\r\n" + DATE,
         204,
