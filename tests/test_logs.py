@@ -53,30 +53,16 @@ def test_a_request_is_logged_with_all_that_may_be_told(shared: MonitoredService)
     response = shared.ask("GET", "/hello/Nobody?secret=1", None, *headers)
     line = line_of(shared, "order-66")
     assert 0 < line.pop("duration_seconds") < 5
-    assert line == {
-        "level": "info",
-        "message": "request",
-        "method": "GET",
-        "route": HELLO,
-        "status": 404,
-        "bytes": len(response.content),
-        "request_id": "order-66",
-        "trace_id": TRACE_ID,
-    }
+    expected = {"level": "info", "message": "request", "method": "GET", "route": HELLO, "status": 404}
+    assert line == expected | {"bytes": len(response.content), "request_id": "order-66", "trace_id": TRACE_ID}
 
 
 def test_a_protocol_error_is_logged_under_the_request_id_that_its_client_got(shared: MonitoredService) -> None:
     [response] = responses(exchange(shared.port, b"GET /sesame HTTP/1.1\r\n\r\n"))
-    assert line_of(shared, response.headers["X-Request-Id"]) == {
-        "level": "info",
-        "message": "request",
-        "method": "GET",
-        "route": "unmatched",
-        "status": 400,
-        "duration_seconds": 0,
-        "bytes": len(response.content),
-        "request_id": response.headers["X-Request-Id"],
-    }
+    request_id = response.headers["X-Request-Id"]
+    expected: dict[str, Any] = {"level": "info", "message": "request", "method": "GET", "route": "unmatched"}
+    expected |= {"status": 400, "duration_seconds": 0, "bytes": len(response.content), "request_id": request_id}
+    assert line_of(shared, request_id) == expected
 
 
 def test_probes_and_metrics_are_not_logged(shared: MonitoredService) -> None:
@@ -230,7 +216,7 @@ def test_a_reader_that_stopped_stops_neither_the_replacement_of_a_worker_nor_the
     database: dict[str, str], tmp_path: Path
 ) -> None:
     with PipedService(tmp_path, database) as service:
-        service.fill_pipe()
+        service.send_requests(1000)  # whose lines do not fit into the pipe, which holds 64 KiB
         [worker] = service.workers()
         os.kill(worker, signal.SIGKILL)
         wait_until(lambda: len(service.workers()) == 1 and service.workers() != [worker])

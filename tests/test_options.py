@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -180,26 +181,13 @@ def configuration(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Config:
 
 
 @pytest.mark.parametrize(
-    ("argument", "reason"),
-    [
-        ("--certfile=hello.pem", "--certfile is not supported: let a proxy"),
-        ("--preload", "--preload is not supported: workers cannot share connections"),
-        ("--worker-class=gevent", "--worker-class is not supported: only server.worker.Worker"),
-        ("--threads=4", "--threads is not supported: set WEB_CONCURRENCY"),
-        ("--keep-alive=5", "--keep-alive is not supported: set KEEPALIVE_TIMEOUT"),
-        ("--access-logfile=-", "--access-logfile is not supported: the log goes to standard output"),
-        ("--log-level=error", "--log-level is not supported: the log goes to standard output"),
-        ("--max-requests=9", "--max-requests is not supported: workers need not be replaced"),
-        ("--limit-request-line=99", "--limit-request-line is not supported: server/parser.py"),
-        ("--env=HEAD_TIMEOUT=1", "--env is not supported: set the variable"),
-        ("--statsd-host=localhost:8125", "--statsd-host is not supported: /metrics"),
-    ],
+    ("advice", "name"), [(advice, name) for advice, names in options.REFUSED.items() for name in names]
 )
-def test_option_that_would_have_no_effect_is_refused(
-    monkeypatch: pytest.MonkeyPatch, argument: str, reason: str
-) -> None:
-    with pytest.raises(SystemExit, match=f"^gunicorn's option {reason}"):
-        options.check_options(configuration(monkeypatch, argument))
+def test_option_that_would_have_no_effect_is_refused(monkeypatch: pytest.MonkeyPatch, advice: str, name: str) -> None:
+    config = configuration(monkeypatch)
+    config.settings[name].value = "another"
+    with pytest.raises(SystemExit, match=rf"^gunicorn's option [\w-]+ is not supported: {re.escape(advice)}\Z"):
+        options.check_options(config)
 
 
 def refusal_of_addresses(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:

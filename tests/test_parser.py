@@ -67,29 +67,18 @@ def read(*parts: bytes) -> Reading:
     return reading
 
 
-def environ_of(request: Request) -> WSGIEnvironment:
-    """Return the environ of a request whose head has arrived."""
-    assert request.environ
-    return request.environ
-
-
 def content_of(request: Request) -> bytes:
     """Return what the application can read of a request's content."""
-    content: bytes = environ_of(request)["wsgi.input"].read()
+    content: bytes = request.environ["wsgi.input"].read()
     return content
-
-
-def only_request(data: bytes) -> Request:
-    """Return the one request that the bytes are."""
-    reading = read(data)
-    assert reading.error is None
-    (request,) = reading.complete
-    return request
 
 
 def first(data: bytes) -> WSGIEnvironment:
     """Return the environ of the one request that there is."""
-    return environ_of(only_request(data))
+    reading = read(data)
+    assert reading.error is None
+    [request] = reading.complete
+    return request.environ
 
 
 @pytest.mark.parametrize("request_bytes", [GET, PUT, CHUNKED], ids=["GET", "PUT", "chunked"])
@@ -171,10 +160,10 @@ def test_upgrade_is_ignored_and_the_request_read_completely(request_bytes: bytes
     for parts in ([upgrading * 2 + GET], [upgrading[:-2], upgrading[-2:] + upgrading, GET]):
         requests = read(*parts)
         assert requests.error is None
-        expected = content_of(only_request(request_bytes))
+        expected = first(request_bytes)["wsgi.input"].read()
         contents = [content_of(request) for request in requests.complete if not request.is_last]
         assert contents == [expected, expected, b""]
-        assert all("HTTP_UPGRADE" not in environ_of(request) for request in requests.complete)
+        assert all("HTTP_UPGRADE" not in request.environ for request in requests.complete)
 
 
 @pytest.mark.parametrize("data", [GET[:-1], PUT[:-1], CHUNKED[:-1]], ids=["head", "length", "chunked"])
@@ -221,17 +210,12 @@ def test_request_that_is_not_complete_is_in_progress(rest: bytes) -> None:
 @pytest.mark.parametrize(
     ("parts", "status"),
     [
-        ([b"GET /" + b"a" * 8190], 414),
-        ([b"GET /", *[b"a" * 100] * 82], 414),
         ([b"GET /" + b"a" * 8190 + GET[14:]], 414),
-        ([b"\r\n" * 4096] * 5, 431),
         ([GET[:-2], b"X-A: " + b"a" * 16382 + b"\r\n\r\n"], 431),
         ([GET[:-2], *[b"X-A: b\r\n"] * 64, b"\r\n"], 431),
         ([head_of(32769)], 431),
         ([head_of(32770)[:-1]], 431),
-        ([GET[:-2] + b"X-A: ", *[b"a" * 8192] * 5], 431),
         ([CHUNKED[:-4], *[b"a" * 8192] * 20], 400),
-        ([CHUNKED[:-11] + b"1;x=", *[b"a" * 8192] * 20], 400),
     ],
 )
 def test_request_beyond_a_limit_is_an_error_and_those_before_it_are_not(parts: list[bytes], status: int) -> None:
@@ -325,10 +309,8 @@ def test_defect_of_the_parser_is_not_a_protocol_error(monkeypatch: pytest.Monkey
     [
         (b"\x16\x03\x01\x02\x00", 400),  # TLS
         (b"SESAME / HTTP/1.1\r\n", 501),
-        (b"GET /\n", 400),
         (b"GET /\r\n", 400),
         (b"GET / HTTP/2.0\r\n", 505),
-        (b"GET / HTTP/1.1\nHost: a\n\n", 400),
         (b"SSH-2.0-OpenSSH_9.2\r\n", 400),
     ],
 )

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import gevent
 import gevent.pool
@@ -62,14 +62,8 @@ def test_response_that_has_no_content_ends_with_its_head(service: Service, reque
 
 def connection_on(ours: socket.socket) -> ClientConnection:
     """Return a connection of a worker that does nothing by itself."""
-    parts: dict[str, Any] = {
-        "common_environ": lambda address: {},
-        "telemetry": None,
-        "wsgi": hello.application,
-        "alive": True,
-        "notify": lambda: None,
-    }
-    worker = cast(Worker, SimpleNamespace(**parts))
+    worker: Any = SimpleNamespace(wsgi=hello.application, telemetry=None, alive=True)
+    worker.notify = worker.common_environ = lambda *address: {}
     worker.connections = {connection := ClientConnection(worker, ours)}
     return connection
 

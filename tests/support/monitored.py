@@ -5,7 +5,7 @@ import json
 import os
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,29 +25,17 @@ def route_of(path: str) -> str:
     return hello.USER_ROUTE if path.startswith("/hello/") else path if path in hello.ROUTES else "unmatched"
 
 
-def parse_metrics(text: str) -> Samples:
-    """Return the value of each sample by its name and the values of its labels."""
-    samples: Samples = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            samples.setdefault(sample.name, {})[tuple(sample.labels.values())] = sample.value
-    return samples
-
-
 class MonitoredService(Service):
     """A gunicorn with a port for its metrics.
 
     Its log must hold JSON objects and nothing else.
     """
 
-    def __init__(
-        self, folder: Path, environment: Mapping[str, str], *, prefix: Sequence[str] = (), **settings: str
-    ) -> None:
+    def __init__(self, folder: Path, environment: Mapping[str, str], **settings: Any) -> None:
         self.metrics_port = free_port()
         self.answered: Counter[tuple[str, str, str]] = Counter()  # by method, route and status
         self.lock = threading.Lock()  # `+=` of two threads could lose one
-        settings = {"METRICS_PORT": str(self.metrics_port)} | settings
-        super().__init__(folder, environment, prefix=prefix, **settings)
+        super().__init__(folder, environment, **{"METRICS_PORT": str(self.metrics_port)} | settings)
 
     def ask(self, method: str, path: str, content: bytes | None = None, *headers: str) -> Response:
         """Ask on a connection of its own, and count the answer."""
@@ -61,8 +49,12 @@ class MonitoredService(Service):
         return Connection(self.metrics_port).ask(method, path, None, "Connection: close")
 
     def metrics(self) -> Samples:
-        """Return what /metrics says now."""
-        return parse_metrics(self.ask_for_metrics().content.decode())
+        """Return what /metrics says now: the value of each sample by its name and the values of its labels."""
+        samples: Samples = {}
+        for family in text_string_to_metric_families(self.ask_for_metrics().content.decode()):
+            for sample in family.samples:
+                samples.setdefault(sample.name, {})[tuple(sample.labels.values())] = sample.value
+        return samples
 
     def requests(self) -> dict[tuple[str, ...], float]:
         """Return what /metrics says was answered, by method, route and status."""
@@ -108,13 +100,9 @@ class MonitoredService(Service):
 class PipedService(MonitoredService):
     """A service with one worker whose log goes into a pipe that nobody reads until `read_log` is called."""
 
-    def __init__(
-        self, folder: Path, environment: Mapping[str, str], *, prefix: Sequence[str] = (), **settings: str
-    ) -> None:
-        super().__init__(folder, environment, prefix=prefix, **{"WEB_CONCURRENCY": "1", **settings})
-        self.received = b""
-
     def __enter__(self) -> Self:
+        self.environment["WEB_CONCURRENCY"] = "1"
+        self.received = b""
         os.mkfifo(self.log)
         self.pipe = os.open(self.log, os.O_RDONLY | os.O_NONBLOCK)
         return super().__enter__()
@@ -146,7 +134,3 @@ class PipedService(MonitoredService):
         for _ in range(count // 100):
             assert exchange(self.port, request * 100).count(b"HTTP/1.1 404 ") == 100
         self.answered["GET", "unmatched", "404"] += count
-
-    def fill_pipe(self) -> None:
-        """Send so many requests that their lines do not fit into the pipe, which holds 64 KiB."""
-        self.send_requests(1000)
