@@ -27,7 +27,6 @@ from tests.support.wait import in_thread, wait_until
 
 HELLO = hello.USER_ROUTE
 TRACE_ID, PARENT_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
-FEW_LINES = 100
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
 
@@ -190,10 +189,12 @@ def test_a_bug_is_a_500_that_is_counted_and_whose_place_is_logged(broken: Monito
 def piped(database: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[PipedService]:
     """A service that lets few lines wait."""
     folder = tmp_path_factory.mktemp("piped")
-    text = f"from hello import application\nfrom server import logs\nlogs.MAX_WAITING_LINES = {FEW_LINES}\n"
-    (folder / "few_lines.py").write_text(text)
-    own = {"application": "few_lines:application", "PYTHONPATH": str(folder)}
-    with PipedService(folder, database, **own) as service:
+    (folder / "few_lines.py").write_text("""if True:
+        from hello import application
+        from server import logs
+        logs.MAX_WAITING_LINES = 100
+    """)
+    with PipedService(folder, database, application="few_lines:application", PYTHONPATH=str(folder)) as service:
         yield service
 
 

@@ -122,25 +122,18 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
-class ActivatedService(Service):
-    """A service on a socket that listens already, as systemd starts one."""
-
-    def __init__(self, folder: Path, environment: dict[str, str], listener: socket.socket) -> None:
-        descriptor = listener.fileno()
-        prefix = [sys.executable, "-c", ACTIVATE, str(descriptor)]
-        super().__init__(folder, environment, prefix=prefix, WEB_CONCURRENCY="1")
-        self.descriptors = [descriptor]
-        self.port = listener.getsockname()[1]
-
-
 def test_socket_of_systemd_serves_a_second_start_and_clients_that_came_before_each(
     database: dict[str, str], tmp_path: Path
 ) -> None:
     with socket.create_server((LOOPBACK, 0)) as listener:
+        activate = [sys.executable, "-c", ACTIVATE, str(listener.fileno())]
         for _ in range(2):
+            service = Service(tmp_path, database, prefix=activate, WEB_CONCURRENCY="1")
+            service.descriptors = [listener.fileno()]
+            service.port = listener.getsockname()[1]
             with socket.create_connection(listener.getsockname(), timeout=30) as early:
                 early.sendall(LAST_LIVEZ)
-                with ActivatedService(tmp_path, database, listener) as service:
+                with service:
                     assert [response.status for response in responses(read_all(early))] == [200]
                     assert statuses(service.port) == {200}
                     service.process.terminate()

@@ -82,8 +82,8 @@ def send_and_wait(
     Returns:
         its responses, and after how many seconds it closed the connection
     """
-    for name in ("HEAD_TIMEOUT", "CONTENT_TIMEOUT", "KEEPALIVE_TIMEOUT"):
-        monkeypatch.setattr(settings, name, 0.3 if name == limit else 60.0)
+    for name in ("HEAD", "CONTENT", "KEEPALIVE"):
+        monkeypatch.setattr(settings, f"{name}_TIMEOUT", 0.3 if name == limit else 60.0)
 
     def drip() -> None:
         with contextlib.suppress(OSError):
@@ -108,12 +108,7 @@ def send_and_wait(
 
 @pytest.mark.parametrize(
     ("sent", "limit"),
-    [
-        (PUT[:20], "HEAD_TIMEOUT"),
-        (PUT[:-2], "HEAD_TIMEOUT"),
-        (PUT + b"{", "CONTENT_TIMEOUT"),
-        (CHUNKED + b"1d\r\n{", "CONTENT_TIMEOUT"),
-    ],
+    [(PUT[:20], "HEAD"), (PUT[:-2], "HEAD"), (PUT + b"{", "CONTENT"), (CHUNKED + b"1d\r\n{", "CONTENT")],
     ids=["request line", "head", "content", "chunk"],
 )
 def test_request_that_stalls_is_408_after_the_time_limit_of_its_phase(
@@ -126,18 +121,12 @@ def test_request_that_stalls_is_408_after_the_time_limit_of_its_phase(
 
 
 def test_head_that_arrives_byte_by_byte_has_one_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, seconds = send_and_wait(monkeypatch, "HEAD_TIMEOUT", LIVEZ[:-2] + b"X-A: ", drips=True)
+    _, seconds = send_and_wait(monkeypatch, "HEAD", LIVEZ[:-2] + b"X-A: ", drips=True)
     assert 0.25 < seconds < 5
 
 
 @pytest.mark.parametrize(
-    ("opening", "limit"),
-    [
-        (b"", "KEEPALIVE_TIMEOUT"),
-        (b"\r\n", "HEAD_TIMEOUT"),
-        (LIVEZ, "KEEPALIVE_TIMEOUT"),
-        (LIVEZ + b"\r\n", "HEAD_TIMEOUT"),
-    ],
+    ("opening", "limit"), [(b"", "KEEPALIVE"), (b"\r\n", "HEAD"), (LIVEZ, "KEEPALIVE"), (LIVEZ + b"\r\n", "HEAD")]
 )
 def test_idle_connection_is_closed_without_a_response(
     monkeypatch: pytest.MonkeyPatch, opening: bytes, limit: str
@@ -285,8 +274,8 @@ def test_request_that_outlasts_a_stop_is_cut_before_gunicorn_kills_the_worker(
             time.sleep(60 if environ["PATH_INFO"] == "/slow" else 0)
             return hello.application(environ, start_response)
     """)
-    own = {"application": "own:application", "PYTHONPATH": str(tmp_path)}
-    with Service(tmp_path, database, WEB_CONCURRENCY="1", GRACEFUL_TIMEOUT="2", **own) as service:
+    own = {"application": "own:application", "PYTHONPATH": str(tmp_path), "GRACEFUL_TIMEOUT": "2"}
+    with Service(tmp_path, database, WEB_CONCURRENCY="1", **own) as service:
         slow = in_thread(exchange, service.port, b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n")
         with service.open_socket() as later:
             later.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
