@@ -128,7 +128,7 @@ def test_init_db_where_nothing_answers_says_once_what_it_waits_for_and_names_the
     port = free_port()
     for name, value in {"PGHOST": LOOPBACK, "PGPORT": str(port), "PGDATABASE": "hello"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(hello, "INIT_TIMEOUT", 1.2)  # a second less for attempts
+    monkeypatch.setattr(hello, "INIT_TIMEOUT", 2)  # it gives up a second before
     monkeypatch.setattr(hello, "sleep", lambda seconds: time.sleep(0.05))
     line = failure_of_init_db()
     assert f"PGHOST=127.0.0.1 PGPORT={port} PGDATABASE=hello" in line

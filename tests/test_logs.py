@@ -88,7 +88,7 @@ def test_a_server_error_is_a_warning_and_text_is_for_reading(database: dict[str,
         assert service.ask("GET", "/hello/Zoe", None, "X-Request-Id: order-66").status == 503
         assert service.ask("GET", "/nowhere").status == 404
         wait_until(lambda: "order-66" in service.log_text())
-    outage, request = service.log_text().splitlines()
+        outage, request = service.log_text().splitlines()
     assert re.fullmatch(rf"{TIME.pattern} warning  database: find failed: .*", outage)
     assert re.fullmatch(rf"{TIME.pattern} warning  GET {HELLO} 503 [\d.]+ ms, \d+ bytes, order-66", request)
 
