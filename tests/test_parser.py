@@ -37,12 +37,14 @@ CHUNKED = b"PUT / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n
 
 
 class Reading:
-    """What became of the bytes of a connection: complete requests, the one in progress, or an error that ended it."""
+    """What became of a connection's bytes, in parts: complete requests, one in progress, an error that ended it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *parts: bytes) -> None:
         self.complete: list[Request] = []
         self.request = Request(COMMON)
         self.error: ProtocolError | None = None
+        for part in parts:
+            self.feed(part)
 
     def feed(self, data: bytes) -> None:
         """Give bytes to the request in progress, and what it leaves to the next one; as the worker does."""
@@ -59,14 +61,6 @@ class Reading:
                 self.request = Request(COMMON)
 
 
-def read(*parts: bytes) -> Reading:
-    """Read the bytes of a connection, which arrive in parts."""
-    reading = Reading()
-    for part in parts:
-        reading.feed(part)
-    return reading
-
-
 def content_of(request: Request) -> bytes:
     """Return what the application can read of a request's content."""
     content: bytes = request.environ["wsgi.input"].read()
@@ -75,7 +69,7 @@ def content_of(request: Request) -> bytes:
 
 def first(data: bytes) -> WSGIEnvironment:
     """Return the environ of the one request that there is."""
-    reading = read(data)
+    reading = Reading(data)
     assert reading.error is None
     [request] = reading.complete
     return request.environ
@@ -147,7 +141,7 @@ def test_header_is_in_the_environ_under_its_own_key_and_sets_nothing_else(
     ],
 )
 def test_request_says_whether_another_may_follow(version: str, headers: str, is_last: bool) -> None:
-    requests = read(f"GET / HTTP/{version}\r\nHost: a\r\n{headers}\r\n".encode(), GET)
+    requests = Reading(f"GET / HTTP/{version}\r\nHost: a\r\n{headers}\r\n".encode(), GET)
     assert [request.is_last for request in requests.complete] == ([True] if is_last else [False, False])
     assert requests.error is None
 
@@ -158,7 +152,7 @@ def test_upgrade_is_ignored_and_the_request_read_completely(request_bytes: bytes
     head, _, content = request_bytes.partition(b"\r\n\r\n")
     upgrading = head + b"\r\n" + upgrade + b"\r\n" + content
     for parts in ([upgrading * 2 + GET], [upgrading[:-2], upgrading[-2:] + upgrading, GET]):
-        requests = read(*parts)
+        requests = Reading(*parts)
         assert requests.error is None
         expected = first(request_bytes)["wsgi.input"].read()
         contents = [content_of(request) for request in requests.complete if not request.is_last]
@@ -192,7 +186,7 @@ STREAM = b"".join([GET, PUT, CHUNKED, b"\r\n", PUT, GET])
 @settings(max_examples=300)
 def test_requests_are_the_same_however_the_network_cuts_them(cuts: list[int]) -> None:
     parts = [STREAM[start:end] for start, end in zip([0, *cuts], [*cuts, len(STREAM)], strict=True)]
-    requests = read(*filter(None, parts))
+    requests = Reading(*filter(None, parts))
     found = [(request.method, content_of(request)) for request in requests.complete]
     assert found == [("GET", b""), ("PUT", b"abc"), ("PUT", b"abc"), ("PUT", b"abc"), ("GET", b"")]
     assert not requests.request.received
@@ -201,7 +195,7 @@ def test_requests_are_the_same_however_the_network_cuts_them(cuts: list[int]) ->
 
 @pytest.mark.parametrize("rest", [b"\r\n", b"G", GET[:-1], PUT[:-1], CHUNKED[:-1]])
 def test_request_that_is_not_complete_is_in_progress(rest: bytes) -> None:
-    requests = read(GET, rest)
+    requests = Reading(GET, rest)
     assert requests.request.received == len(rest)
     assert requests.request.has_begun == (rest != b"\r\n")
     assert len(requests.complete) == 1
@@ -219,7 +213,7 @@ def test_request_that_is_not_complete_is_in_progress(rest: bytes) -> None:
     ],
 )
 def test_request_beyond_a_limit_is_an_error_and_those_before_it_are_not(parts: list[bytes], status: int) -> None:
-    requests = read(GET, *parts)
+    requests = Reading(GET, *parts)
     assert requests.error
     assert requests.error.status == status
     assert len(requests.complete) == 1
@@ -237,7 +231,7 @@ def test_request_beyond_a_limit_is_an_error_and_those_before_it_are_not(parts: l
     ],
 )
 def test_request_at_a_limit_is_read(parts: list[bytes]) -> None:
-    requests = read(*parts)
+    requests = Reading(*parts)
     assert requests.error is None
     assert not requests.request.received
     assert [request.is_last for request in requests.complete] == [False] * b"".join(parts).count(b" HTTP/1.1\r\n")
@@ -245,7 +239,7 @@ def test_request_at_a_limit_is_read(parts: list[bytes]) -> None:
 
 @pytest.mark.parametrize(("request_bytes", "status"), ERRORS.values(), ids=ERRORS.keys())
 def test_error_that_arrives_byte_by_byte_has_its_status_and_ends_the_reading(request_bytes: bytes, status: int) -> None:
-    requests = read(*pieces(request_bytes + SECOND, 1))
+    requests = Reading(*pieces(request_bytes + SECOND, 1))
     assert requests.error
     assert requests.error.status == status
     assert not requests.complete
@@ -253,7 +247,7 @@ def test_error_that_arrives_byte_by_byte_has_its_status_and_ends_the_reading(req
 
 def test_request_in_progress_may_have_160_kib_and_not_a_byte_more() -> None:
     start = CHUNKED[:-11] + b"1;x="
-    requests = read(GET, start, b"a" * (parser.MAX_REQUEST_BYTES - len(start)))
+    requests = Reading(GET, start, b"a" * (parser.MAX_REQUEST_BYTES - len(start)))
     assert requests.request.has_begun
     assert requests.error is None
     requests.feed(b"a")
@@ -270,18 +264,18 @@ def test_parser_knows_how_much_content_the_application_takes() -> None:
 )
 @pytest.mark.parametrize("length", [3, parser.MAX_CONTENT_BYTES])
 def test_client_awaits_100_continue_if_it_says_so(headers: str, awaits_continue: bool, length: int) -> None:
-    requests = read(f"PUT / HTTP/1.1\r\nHost: a\r\n{headers}Content-Length: {length}\r\n\r\n".encode())
+    requests = Reading(f"PUT / HTTP/1.1\r\nHost: a\r\n{headers}Content-Length: {length}\r\n\r\n".encode())
     assert requests.request.awaits_continue == awaits_continue
     assert requests.error is None
 
 
 def test_content_that_is_too_long_is_for_the_application_if_the_client_does_not_wait() -> None:
-    requests = read(PUT.replace(b"3", b"4097", 1).replace(b"Host", b"Expect:\r\nHost"))
+    requests = Reading(PUT.replace(b"3", b"4097", 1).replace(b"Host", b"Expect:\r\nHost"))
     assert not requests.error
 
 
 def test_content_beyond_64_kib_ends_the_reading() -> None:
-    requests = read(PUT.replace(b"3", b"99999", 1), b"a" * 65530)
+    requests = Reading(PUT.replace(b"3", b"99999", 1), b"a" * 65530)
     assert not requests.complete
     requests.feed(b"a" * 4)
     (request,) = requests.complete
@@ -290,7 +284,7 @@ def test_content_beyond_64_kib_ends_the_reading() -> None:
 
 @pytest.mark.parametrize("framing", ["Content-Length: 60000\r\n\r\n", "Transfer-Encoding: chunked\r\n\r\nea60\r\n"])
 def test_no_more_content_is_kept_than_shows_that_it_is_too_long(framing: str) -> None:
-    requests = read(f"PUT / HTTP/1.1\r\nHost: a\r\n{framing}".encode(), b"a" * 60000, b"\r\n0\r\n\r\n")
+    requests = Reading(f"PUT / HTTP/1.1\r\nHost: a\r\n{framing}".encode(), b"a" * 60000, b"\r\n0\r\n\r\n")
     assert content_of(requests.complete[0]) == b"a" * (parser.MAX_CONTENT_BYTES + 1)
     assert not requests.complete[0].is_last
 
@@ -301,7 +295,7 @@ def test_defect_of_the_parser_is_not_a_protocol_error(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(parser, "split_target", fail)
     with pytest.raises(ZeroDivisionError):
-        read(GET)
+        Reading(GET)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +310,7 @@ def test_defect_of_the_parser_is_not_a_protocol_error(monkeypatch: pytest.Monkey
 )
 @pytest.mark.parametrize("size", [8192, 1])
 def test_what_cannot_become_a_request_is_refused_before_its_head_ends(data: bytes, status: int, size: int) -> None:
-    error = read(*pieces(data, size)).error
+    error = Reading(*pieces(data, size)).error
     assert error
     assert error.status == status
 
@@ -350,13 +344,13 @@ def test_pattern_takes_linear_time_for_its_worst_input(name: str) -> None:
 def test_head_with_long_headers_is_read_in_a_moment(name: bytes, piece: bytes) -> None:
     head = GET[:-2] + UPGRADE + b"Transfer-Encoding: x\r\n" + b"".join([name + b": " + piece + b"\r\n"] * 7)
     before = time.process_time()
-    read(head + b"\r\n")
+    Reading(head + b"\r\n")
     assert time.process_time() - before < 0.02
 
 
 def test_head_that_arrives_in_bytes_is_read_in_a_moment() -> None:
     head = head_of(parser.MAX_HEAD_BYTES)
     before = time.process_time()
-    requests = read(*pieces(head, 1))
+    requests = Reading(*pieces(head, 1))
     assert time.process_time() - before < 2
     assert len(requests.complete) == 1
