@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-import pytest
 
 from tests.support.load import Load
 from tests.support.network import RESET_ON_CLOSE, Connection, read_all, responses
@@ -82,7 +81,7 @@ def test_sigterm_answers_what_was_begun_and_closes_what_is_idle(
         request = b"PUT /hello/Halves HTTP/1.1\r\nHost: a\r\nContent-Length: 29\r\n\r\n" + body("1990-05-17")
         half.sendall(request[:40])
         with Load(service, database, 32, pause=0, service_stops=True) as load:
-            load.wait_for_answers(500)
+            load.wait_for_answers(200)
             with database.locked(ROW_LOCK):
                 slow = in_thread(service.put, "Locked", "1991-01-01")
                 database.wait_for_lock_wait()
@@ -106,10 +105,8 @@ def test_sigterm_answers_what_was_begun_and_closes_what_is_idle(
 
 
 def test_sigterm_closes_the_idle_connections_although_some_were_reset(database: Database, tmp_path: Path) -> None:
-    with (
-        Service(tmp_path, database.service_environment, WEB_CONCURRENCY="1") as service,
-        contextlib.ExitStack() as stack,
-    ):
+    service = Service(tmp_path, database.service_environment, WEB_CONCURRENCY="1")
+    with service, contextlib.ExitStack() as stack:
         idle = idle_connections(service, stack, 12)
         probe = stack.enter_context(contextlib.closing(service.connect()))
         (worker,) = map(psutil.Process, service.workers())
@@ -127,21 +124,23 @@ def test_sigterm_closes_the_idle_connections_although_some_were_reset(database: 
         assert "uncaught" not in service.log_text()
 
 
-@pytest.mark.parametrize("together", [3, 2, 1])
-def test_sigterm_answers_all_pipelined_requests_that_have_arrived(
-    database: Database, tmp_path: Path, together: int
-) -> None:
+def test_sigterm_answers_all_pipelined_requests_that_have_arrived(database: Database, tmp_path: Path) -> None:
     requests = [b"GET /hello/Nobody HTTP/1.1\r\nHost: a\r\n\r\n"] * 3
-    with Service(tmp_path, database.service_environment | PATIENT) as service, service.open_socket() as client:
+    service = Service(tmp_path, database.service_environment | PATIENT, WEB_CONCURRENCY="1")
+    with service, contextlib.ExitStack() as stack:
+        clients = {together: stack.enter_context(service.open_socket()) for together in (3, 2, 1)}
         with database.locked("LOCK TABLE users"):
-            client.sendall(b"".join(requests[:together]))
+            for together, client in clients.items():
+                client.sendall(b"".join(requests[:together]))
             database.wait_for_lock_wait()
-            client.sendall(b"".join(requests[together:]))
+            for together, client in clients.items():
+                client.sendall(b"".join(requests[together:]))
             service.process.terminate()
             wait_until(lambda: is_refused(service))
-        found = responses(read_all(client))
-        assert [response.status for response in found] == [404, 404, 404]
-        assert [response.headers["Connection"] for response in found] == ["keep-alive", "keep-alive", "close"]
+        for client in clients.values():
+            found = responses(read_all(client))
+            assert [response.status for response in found] == [404, 404, 404]
+            assert [response.headers["Connection"] for response in found] == ["keep-alive", "keep-alive", "close"]
         assert service.process.wait(20) == 0
 
 

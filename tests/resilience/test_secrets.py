@@ -18,19 +18,29 @@ from tests.support.postgres import PASSWORD, Database
 from tests.support.service import SHORT_TIMEOUTS, Service
 
 
-@pytest.mark.parametrize(("is_ours", "status"), [(True, 204), (False, 503)], ids=["our CA", "another CA"])
-def test_certificate_of_postgres_is_verified(database: Database, tmp_path: Path, is_ours: bool, status: int) -> None:
+@pytest.fixture
+def environment_of_the_service(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in database.service_environment.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("environment_of_the_service")
+@pytest.mark.parametrize("is_ours", [True, False], ids=["our CA", "another CA"])
+def test_certificate_of_postgres_is_verified(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_ours: bool
+) -> None:
     authority = trustme.CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("localhost").configure_cert(context)
     (authority if is_ours else trustme.CA()).cert_pem.write_to_path(tmp_path / "root.crt")
+    monkeypatch.setenv("PGSSLMODE", "verify-full")
+    monkeypatch.setenv("PGSSLROOTCERT", str(tmp_path / "root.crt"))
+    monkeypatch.setenv("PGHOST", "localhost")
     with tls_proxy(f"{database.sockets_folder}/.s.PGSQL.{database.port}", context) as port:
-        environment = database.hosts(("localhost", port)) | {
-            "PGSSLMODE": "verify-full",
-            "PGSSLROOTCERT": str(tmp_path / "root.crt"),
-        }
-        with Service(tmp_path, environment) as service:
-            assert service.put("Secured").status == status
+        monkeypatch.setenv("PGPORT", str(port))
+        refused = contextlib.nullcontext() if is_ours else pytest.raises(psycopg2.OperationalError, match="certificate")
+        with refused:
+            hello.connect(time.monotonic() + 5).close()
 
 
 @pytest.mark.parametrize(
@@ -52,11 +62,8 @@ def test_role_of_the_service_may_not(database: Database, statement: str) -> None
         cursor.execute(statement)
 
 
-def test_role_of_the_service_may_do_what_every_operation_does(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in database.service_environment.items():
-        monkeypatch.setenv(name, value)
+@pytest.mark.usefixtures("environment_of_the_service")
+def test_role_of_the_service_may_do_what_every_operation_does() -> None:
     deadline = time.monotonic() + 10
     with contextlib.closing(hello.TrialConnection(deadline)) as connection:
         hello.try_statements(connection, deadline)
@@ -73,7 +80,7 @@ def test_process_list_shows_no_password_and_no_name(database: Database, service:
 
 
 def test_log_has_no_name_no_date_and_no_text_of_the_driver(database: Database, tmp_path: Path) -> None:
-    with Service(tmp_path, database.service_environment, **SHORT_TIMEOUTS) as service:
+    with Service(tmp_path, database.service_environment, WEB_CONCURRENCY="1", **SHORT_TIMEOUTS) as service:
         assert service.put("Quuxlast", "1234-05-17").status == 204
         with database.locked("LOCK TABLE users"):
             assert service.put("Quuxlast", "1234-05-17").status == 503
