@@ -7,10 +7,10 @@ import io
 import json
 import re
 import unicodedata
-from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 from urllib.parse import quote
 from zoneinfo import ZoneInfo
 
@@ -110,35 +110,18 @@ def test_put_with_a_date_of_today_or_in_the_future_is_400(app: TestApp, table: D
 INVALID_PATHS = {
     "empty": "/hello/",
     "digit": "/hello/Zoe1",
-    "other digit": path_of("Zoe٣"),
-    "roman numeral": path_of("Ⅷ"),
-    "space": "/hello/Zoe%20B",
     "line end": "/hello/Zoe%0A",
-    "only a line end": "/hello/%0A",
-    "no-break space": path_of("Zoe\N{NO-BREAK SPACE}"),
     "slash": "/hello/Zoe/B",
     "encoded slash": "/hello/Zoe%2FB",
     "trailing slash": "/hello/Zoe/",
-    "dash": "/hello/Zoe-B",
-    "underscore": "/hello/Zoe_B",
     "dot": "/hello/..",
-    "apostrophe": path_of("O'Neil"),
     "quote for SQL": path_of("a';DROP TABLE users"),
     "nul": "/hello/Zoe%00",
-    "delete": "/hello/Zoe%7F",
-    "encoded percent": "/hello/%25",
     "encoded twice": "/hello/%255Aoe",
     "no hexadecimal": "/hello/%zz",
-    "half an escape": "/hello/Zoe%4",
     "no UTF-8": "/hello/%FF",
-    "cut UTF-8": "/hello/%C3",
     "overlong UTF-8": "/hello/%C1%81",
     "surrogate": "/hello/%ED%A0%80",
-    "emoji": path_of("🎂"),
-    "zero width joiner": path_of("Zoe\N{ZERO WIDTH JOINER}"),
-    "right-to-left override": path_of("Zoe\N{RIGHT-TO-LEFT OVERRIDE}"),
-    "private use": path_of("\ue000"),
-    "only a mark": path_of("\N{COMBINING ACUTE ACCENT}"),
     "first a mark": path_of("\N{COMBINING GRAVE ACCENT}Zoe"),
     "too long": "/hello/" + "a" * 256,
     "too long in letters of four bytes": path_of("𝔘" * 256),
@@ -185,16 +168,19 @@ def test_options_is_204_with_allow(app: TestApp, path: str, allow: str) -> None:
     assert response.body == b""
 
 
-@pytest.mark.parametrize("method", ["POST", "PATCH", "TRACE"])
-def test_another_method_is_405_with_allow(app: TestApp, table: Database, method: str) -> None:
-    response = app.request("/hello/Zoe", method=method, status=405)
-    assert response.headers["Allow"] == "GET, HEAD, OPTIONS, PUT"
-    assert "GET, HEAD, OPTIONS, PUT" in message(response)
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("POST", "/hello/Zoe", "GET, HEAD, OPTIONS, PUT"),
+        ("TRACE", "/hello/Zoe", "GET, HEAD, OPTIONS, PUT"),
+        ("PUT", "/livez", "GET, HEAD, OPTIONS"),
+    ],
+)
+def test_another_method_is_405_with_allow(app: TestApp, table: Database, method: str, path: str, allow: str) -> None:
+    response = app.request(path, method=method, status=405)
+    assert response.headers["Allow"] == allow
+    assert allow in message(response)
     assert table.rows() == {}
-
-
-def test_put_to_a_probe_is_405(app: TestApp) -> None:
-    assert app.put_json("/livez", BODY, status=405).headers["Allow"] == "GET, HEAD, OPTIONS"
 
 
 @pytest.mark.parametrize("path", ["/", "", "/hello", "/Hello/Zoe", "//hello/Zoe", "/livez/", "/metrics"])
@@ -202,24 +188,12 @@ def test_another_path_is_404_and_says_which_exist(app: TestApp, path: str) -> No
     assert "/hello/<username>" in message(app.get(path, status=404))
 
 
-def test_livez_answers_without_the_database(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hello, "find_date_of_birth", None)
-    assert message(TestApp(hello.application).get("/livez", status=200)) == "alive"
-
-
-def test_readyz_answers_with_the_database(app: TestApp) -> None:
-    assert message(app.get("/readyz", status=200)) == "ready"
-
-
 # --- Usernames --------------------------------------------------------------------------------------
 
 
 NAMES = {
     "one letter": "a",
-    "Latin": "Zoe",
     "Polish": "Łukasz",
-    "Greek": "Ωμέγα",
-    "Japanese": "名前",
     "Hindi": "हिन्दी",
     "Thai": "ไทยน้ำ",
     "Hebrew": "עִבְרִית",
@@ -291,21 +265,15 @@ def test_put_with_a_date_at_the_edges_is_204(app: TestApp, table: Database, born
 
 INVALID_CONTENT = {
     "text": b"1990-05-17",
-    "form": b"dateOfBirth=1990-05-17",
     "cut": b'{"dateOfBirth": "1990-05-17"',
     "two documents": b'{"dateOfBirth": "1990-05-17"} {}',
-    "single quotes": b"{'dateOfBirth': '1990-05-17'}",
-    "trailing comma": b'{"dateOfBirth": "1990-05-17",}',
     "NaN": b'{"dateOfBirth": "1990-05-17", "n": NaN}',
-    "Infinity": b'{"dateOfBirth": "1990-05-17", "n": -Infinity}',
     "byte order mark": b'\xef\xbb\xbf{"dateOfBirth": "1990-05-17"}',
     "Latin-1": '{"dateOfBirth": "1990-05-17", "n": "é"}'.encode("latin-1"),
     "UTF-16": '{"dateOfBirth": "1990-05-17"}'.encode("utf-16"),
     "nested deep": b"[" * 4096,
     "nul": b"\x00",
-    "white space": b"  \n",
     "null": b"null",
-    "number": b"19900517",
     "huge number": b"9" * 4096,
     "array": b'["1990-05-17"]',
     "array of pairs": b'[["dateOfBirth", "1990-05-17"]]',
@@ -314,16 +282,7 @@ INVALID_CONTENT = {
     "other case": b'{"dateofbirth": "1990-05-17"}',
     "null date": b'{"dateOfBirth": null}',
     "number date": b'{"dateOfBirth": 19900517}',
-    "list date": b'{"dateOfBirth": ["1990-05-17"]}',
-    "object date": b'{"dateOfBirth": {}}',
-    "true": b'{"dateOfBirth": true}',
 }
-
-
-def test_put_with_a_byte_order_mark_says_so(app: TestApp, table: Database) -> None:
-    content = b"\xef\xbb\xbf" + json.dumps(BODY).encode()
-    assert "byte order mark" in message(app.request("/hello/Zoe", method="PUT", body=content, status=400))
-    assert table.rows() == {}
 
 
 @pytest.mark.parametrize("content", INVALID_CONTENT.values(), ids=INVALID_CONTENT.keys())
@@ -370,24 +329,6 @@ def test_content_that_cannot_be_read_is_400(length: str, text: str) -> None:
     assert (raised.value.status, raised.value.message) == (400, text)
 
 
-def call(**environ: Any) -> str:
-    """Call the application without WebTest, which corrects a wrong Content-Length; return the status."""
-    statuses: list[str] = []
-
-    def start_response(status: str, headers: Any, exc_info: Any = None, /) -> Callable[[bytes], object]:
-        statuses.append(status)
-        return statuses.append  # type: ignore[return-value]
-
-    hello.application({"REQUEST_METHOD": "PUT", "PATH_INFO": "/hello/Zoe", **environ}, start_response)
-    return statuses[0]
-
-
-def test_put_of_less_than_its_content_length_is_400(table: Database) -> None:
-    content = io.BytesIO(json.dumps(BODY).encode())
-    assert call(**{"CONTENT_LENGTH": "100", "wsgi.input": content}) == "400 Bad Request"
-    assert table.rows() == {}
-
-
 def padded(size: int) -> bytes:
     return json.dumps(BODY).encode().ljust(size)
 
@@ -399,9 +340,14 @@ def test_put_of_4_kib_is_204_and_of_a_byte_more_413(app: TestApp, table: Databas
     assert table.rows() == {"Zoe": date(1990, 5, 17)}
 
 
-@pytest.mark.parametrize("length", ["-1", "+9", "2_9", "29.0", "a", "0x1d", "9" * 5000])
-def test_put_with_an_invalid_content_length_is_400(table: Database, length: str) -> None:
-    assert call(**{"CONTENT_LENGTH": length, "wsgi.input": io.BytesIO(padded(5000))}) == "400 Bad Request"
+@pytest.mark.parametrize("length", ["100", "-1", "+29", "2_9", "29.0", "a", "0x1d", "9" * 5000])
+def test_put_whose_content_length_is_invalid_or_too_long_is_400(table: Database, length: str) -> None:
+    """WebTest would correct the length."""
+    start_response = Mock()
+    content = io.BytesIO(json.dumps(BODY).encode())
+    environ = {"REQUEST_METHOD": "PUT", "PATH_INFO": "/hello/Zoe", "CONTENT_LENGTH": length, "wsgi.input": content}
+    hello.application(environ, start_response)
+    assert start_response.call_args.args[0] == "400 Bad Request"
     assert table.rows() == {}
 
 
@@ -412,7 +358,7 @@ VALUES = st.recursive(
 
 
 @given(st.binary(max_size=200) | VALUES.map(lambda value: json.dumps(value).encode()))
-@settings(max_examples=100)
+@settings(max_examples=50)
 def test_any_content_is_a_date_or_400(content: bytes) -> None:
     try:
         assert hello.parse_date_of_birth(hello.parse_document(content)) < hello.today()
@@ -450,7 +396,7 @@ DATES = st.dates() | LEAP_DAYS | DAYS_BY_THE_SEAM
 
 
 @given(born=DATES, on=DATES.filter(lambda day: day.year < 9999))
-@settings(max_examples=1000)
+@settings(max_examples=500)
 def test_days_until_birthday_are_those_of_a_calendar_walk(born: date, on: date) -> None:
     assert hello.days_until_birthday(born, on) == walk(born, on)
 

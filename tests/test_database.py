@@ -81,7 +81,7 @@ def timed(call: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
 # --- A write is sent once, and a late one undoes itself ---------------------------------------------
 
 
-@pytest.mark.parametrize("delay", [0.1, 0.5, 1.2])  # shorter and longer than DATABASE_TIMEOUT
+@pytest.mark.parametrize("delay", [0.1, 1.2])  # shorter and longer than DATABASE_TIMEOUT
 def test_put_that_reaches_postgres_late_does_not_overwrite_one_acknowledged_after_it_was_answered(
     app: TestApp, table: Database, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, delay: float
 ) -> None:
@@ -153,21 +153,6 @@ def test_put_of_a_frozen_backend_does_not_overwrite_one_acknowledged_after_it_wa
     wait_until(lambda: status == 204 or not table.query("SELECT pid FROM pg_stat_activity WHERE pid = %s", pid))
     assert status == expected
     assert table.rows() == {"Zoe": date(1992, 1, 1)}
-
-
-def test_new_user_whose_put_is_503_for_a_frozen_backend_is_not_created_later(
-    app: TestApp, table: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert put(app, "Zoe", "1990-01-01") == 204
-    monkeypatch.setattr(hello, "DATABASE_TIMEOUT", 0.5)
-    pid = idle_connection(hello.WRITE_POOL).psycopg.info.backend_pid
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        assert put(app, "Adam") == 503
-    finally:
-        os.kill(pid, signal.SIGCONT)
-    wait_until(lambda: not table.query("SELECT pid FROM pg_stat_activity WHERE pid = %s", pid))
-    assert table.rows() == {"Zoe": date(1990, 1, 1)}
 
 
 @pytest.mark.parametrize(
@@ -270,10 +255,13 @@ def test_put_whose_commit_is_not_answered_is_503_in_time(app: TestApp, table: Da
     assert table.rows() == {"Zoe": date(1990, 1, 1)}
 
 
-def test_commit_that_is_refused_is_503_at_once_and_the_connection_is_kept(app: TestApp, table: Database) -> None:
+@pytest.mark.parametrize("error", ["check_violation", "serialization_failure"])
+def test_commit_that_is_refused_is_503_at_once_and_the_connection_is_kept(
+    app: TestApp, table: Database, error: str
+) -> None:
     table.query(
         "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN"
-        " RAISE EXCEPTION 'no' USING ERRCODE = 'check_violation'; END$$;"
+        f" RAISE EXCEPTION 'no' USING ERRCODE = '{error}'; END$$;"
         "CREATE CONSTRAINT TRIGGER refuse AFTER INSERT ON users DEFERRABLE INITIALLY DEFERRED"
         " FOR EACH ROW WHEN (NEW.username = 'Eve') EXECUTE FUNCTION refuse()"
     )
@@ -318,24 +306,22 @@ def test_warning_at_the_login_is_no_failure(app: TestApp, table: Database) -> No
     assert sorted(table.rows()) == ["Adam", "Zoe"]
 
 
-def test_warning_of_the_commit_is_503(app: TestApp, table: Database) -> None:
+@pytest.mark.parametrize(
+    "role_setting", ["client_min_messages = warning", "client_min_messages = error", "lc_messages = 'C'"]
+)
+def test_warning_of_the_commit_is_503(app: TestApp, table: Database, role_setting: str) -> None:
     waiting = "FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
-    with table.set(synchronous_standby_names="absent"):
-        first = in_thread(put, app, "Zoe")
-        wait_until(lambda: table.query(f"SELECT pg_cancel_backend(pid) {waiting}"))
-        assert first.result(10) == 503
-    assert table.rows() == {"Zoe": date(1990, 5, 17)}  # on one server, without its standby
-
-
-@pytest.mark.parametrize("role_setting", ["client_min_messages = error", "lc_messages = 'C'"])
-def test_warning_of_the_commit_is_503_whatever_the_role_lets_through(
-    app: TestApp, table: Database, role_setting: str
-) -> None:
     table.query(f"ALTER ROLE postgres SET {role_setting}")
     try:
-        test_warning_of_the_commit_is_503(app, table)
+        with table.set(synchronous_standby_names="absent"):
+            first = in_thread(timed, put, app, "Zoe")
+            wait_until(lambda: table.query(f"SELECT pg_cancel_backend(pid) {waiting}"))
+            status, seconds = first.result(10)
     finally:
         table.query(f"ALTER ROLE postgres RESET {role_setting.partition(' ')[0]}")
+    assert status == 503
+    assert seconds < 2.5  # and not DATABASE_TIMEOUT, which is 3 s
+    assert table.rows() == {"Zoe": date(1990, 5, 17)}  # on one server, without its standby
 
 
 def test_standby_that_is_missing_costs_one_connection_and_puts_are_503_until_it_is_back(
@@ -402,26 +388,6 @@ def test_put_whose_node_of_citus_is_away_is_503_at_once_and_others_204_on_the_sa
     assert sorted(table.rows()) == ["Adam", "Nora", "Zoe"]
 
 
-DEFERRED_ERROR = """
-    CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS
-        $$ BEGIN RAISE EXCEPTION 'at the commit' USING ERRCODE = 'serialization_failure'; END $$;
-    CREATE CONSTRAINT TRIGGER fails AFTER INSERT ON users DEFERRABLE INITIALLY DEFERRED
-        FOR EACH ROW EXECUTE FUNCTION fail()
-"""
-
-
-def test_put_that_postgres_rolls_back_at_the_commit_is_503_at_once(app: TestApp, table: Database) -> None:
-    table.query(DEFERRED_ERROR)
-    try:
-        start = time.monotonic()
-        assert put(app, "Zoe") == 503
-        assert time.monotonic() - start < hello.DATABASE_TIMEOUT / 2
-    finally:
-        table.query("DROP TRIGGER fails ON users; DROP FUNCTION fail()")
-    assert table.rows() == {}
-    assert put(app, "Zoe") == 204
-
-
 # --- Sessions ---------------------------------------------------------------------------------------
 
 
@@ -464,13 +430,6 @@ def test_statements_leave_nothing_behind_in_the_session(app: TestApp, table: Dat
         connection = idle_connection(pool)
         assert connection.execute(left, time.monotonic() + 10) == [("0", "0", "0", "notice", 0)]
         assert connection.psycopg.info.transaction_status == extensions.TRANSACTION_STATUS_IDLE
-
-
-def test_connections_are_as_many_as_the_formula_says(app: TestApp, table: Database) -> None:
-    calls = [in_thread(put, app, "Zoe") for _ in range(32)] + [in_thread(get, app, "Zoe") for _ in range(32)]
-    assert {call.result(30) for call in calls} <= {200, 204, 404}
-    count = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'hello'"
-    assert table.query(count) == [(sum(pool.size for pool in hello.POOLS),)]
 
 
 @pytest.fixture

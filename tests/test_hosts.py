@@ -13,7 +13,7 @@ import pytest
 import hello
 from tests.support.network import LOOPBACK, free_port, silent_port
 from tests.support.postgres import Database
-from tests.support.replication import replicated
+from tests.support.replication import Pair, replicated
 from tests.support.wait import in_thread
 
 
@@ -205,16 +205,21 @@ def test_name_that_is_found_later_does_not_change_which_host_is_tried_last(
             assert connection.psycopg.info.host == "localhost"
 
 
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Pair]:
+    with replicated() as servers:
+        yield servers
+
+
 @pytest.mark.parametrize("attributes", ["", "any"])
 def test_read_only_host_that_stands_first_is_passed_over_unless_any_host_will_do(
-    table: Database, monkeypatch: pytest.MonkeyPatch, attributes: str
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, attributes: str
 ) -> None:
     if attributes:
         monkeypatch.setenv("PGTARGETSESSIONATTRS", attributes)
-    with replicated() as (primary, standby, _):
-        set_hosts(monkeypatch, "127.0.0.1,127.0.0.1", standby.port, primary.port)
-        with closing(connect_once()) as connection:
-            assert connection.psycopg.info.port == (standby.port if attributes else primary.port)
+    set_hosts(monkeypatch, "127.0.0.1,127.0.0.1", pair.standby.port, pair.primary.port)
+    with closing(connect_once()) as connection:
+        assert connection.psycopg.info.port == (pair.standby.port if attributes else pair.primary.port)
 
 
 def test_host_that_does_not_answer_takes_no_longer_than_database_timeout(monkeypatch: pytest.MonkeyPatch) -> None:

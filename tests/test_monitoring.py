@@ -109,18 +109,12 @@ def expressions() -> Iterator[Any]:
 
 
 @needs_prometheus
-def test_promtool_accepts_the_rules() -> None:
-    assert "SUCCESS" in promtool("check", "rules", MONITORING / "rules.yml")
-
-
-@needs_prometheus
-def test_alerts_fire_when_they_should_and_not_otherwise() -> None:
-    assert "SUCCESS" in promtool("test", "rules", MONITORING / "rules_test.yml")
-
-
-@needs_prometheus
-def test_promtool_accepts_the_scrape_settings() -> None:
-    assert "SUCCESS" in promtool("check", "config", MONITORING / "prometheus.yml")
+@pytest.mark.parametrize(
+    ("command", "what", "file"),
+    [("check", "rules", "rules.yml"), ("check", "config", "prometheus.yml"), ("test", "rules", "rules_test.yml")],
+)
+def test_promtool_accepts_the_files_and_alerts_fire_just_when_they_should(command: str, what: str, file: str) -> None:
+    assert "SUCCESS" in promtool(command, what, MONITORING / file)
 
 
 @needs_prometheus

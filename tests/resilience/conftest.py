@@ -1,5 +1,6 @@
 """A Postgres to break, and services on it."""
 
+import resource
 from collections.abc import Iterator
 
 import pytest
@@ -34,3 +35,10 @@ def default_service(database: Database, tmp_path_factory: pytest.TempPathFactory
         workers = service.workers()
         yield service
         assert service.workers() == workers
+
+
+@pytest.fixture(scope="session")
+def many_files() -> None:
+    """Let this process open thousands of sockets."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192) if hard > 0 else 8192, hard))

@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -66,7 +66,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         yield Cluster(pair, stack, tmp_path)
 
 
-def test_primary_that_is_cut_off_leaves_histories_linearizable(cluster: Cluster, report: Callable[[str], None]) -> None:
+def test_primary_that_is_cut_off_leaves_histories_linearizable(cluster: Cluster) -> None:
     with Registers(cluster.services) as load:
         load.wait_for_successes(10)
         cluster.fence()
@@ -77,7 +77,6 @@ def test_primary_that_is_cut_off_leaves_histories_linearizable(cluster: Cluster,
         promoted = cluster.promote(load)
         load.wait_for_successes(10)
     load.record(cluster.standby)
-    report(load.report(promoted))
     load.check_linearizable()
     load.check_nothing_lost(cluster.primary)
     assert load.last_failure < promoted + IN_TIME
@@ -92,16 +91,13 @@ def fence_and_promote_later(cluster: Cluster, load: Registers) -> float:
     return cluster.promote(load)
 
 
-def test_primary_that_is_fenced_after_it_lost_its_standby_leaves_histories_linearizable(
-    cluster: Cluster, report: Callable[[str], None]
-) -> None:
+def test_primary_that_is_fenced_after_it_lost_its_standby_leaves_histories_linearizable(cluster: Cluster) -> None:
     with Registers(cluster.services) as load:
         load.wait_for_successes(10)
         cluster.cut_replication()
         promoted = fence_and_promote_later(cluster, load)
         load.wait_for_successes(10)
     load.record(cluster.standby)
-    report(load.report(promoted))
     load.check_nothing_lost(cluster.primary)
     load.check_linearizable(in_doubt_until=promoted)  # the standby may have commits that it could not confirm
     assert load.last_failure < promoted + IN_TIME
@@ -122,9 +118,7 @@ def test_put_answered_503_whose_commit_the_standby_could_not_confirm_takes_effec
         load.check_linearizable()
 
 
-def test_primary_that_is_frozen_and_resumed_after_the_promotion_undoes_nothing(
-    cluster: Cluster, report: Callable[[str], None]
-) -> None:
+def test_primary_that_is_frozen_and_resumed_after_the_promotion_undoes_nothing(cluster: Cluster) -> None:
     with Registers(cluster.services) as load:
         load.wait_for_successes(10)
         with cluster.primary.suspended():
@@ -134,15 +128,12 @@ def test_primary_that_is_frozen_and_resumed_after_the_promotion_undoes_nothing(
             cluster.fence()
         load.wait_for_successes(10)
     load.record(cluster.standby)
-    report(load.report(promoted))
     load.check_nothing_lost(cluster.primary)
     load.check_linearizable()
     assert load.last_failure < promoted + IN_TIME
 
 
-def test_standby_promoted_beside_its_living_primary_has_every_write_and_get_follows_put(
-    cluster: Cluster, report: Callable[[str], None]
-) -> None:
+def test_standby_promoted_beside_its_living_primary_has_every_write_and_get_follows_put(cluster: Cluster) -> None:
     with Registers(cluster.services) as load:
         load.wait_for_successes(10)
         cluster.cut_replication()
@@ -156,7 +147,6 @@ def test_standby_promoted_beside_its_living_primary_has_every_write_and_get_foll
     with Registers(cluster.services) as later:
         later.wait_for_successes(10)
     later.record(cluster.standby)
-    report(f"{load.report(promoted)}; {sessions} sessions in the old primary before it")
     load.check_nothing_lost(cluster.primary)
     later.check_linearizable()
     assert load.last_failure < promoted + IN_TIME

@@ -1,4 +1,4 @@
-"""Of several hosts one refuses, is silent, is a standby, or loses its part; a commit waits for a standby."""
+"""Of several hosts one refuses, is silent, is a standby, or loses its part."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -11,14 +11,13 @@ from tests.support.load import Load, open_all_connections
 from tests.support.network import LOOPBACK, free_port, silent_port
 from tests.support.postgres import Database
 from tests.support.replication import replicated
-from tests.support.service import CONNECTIONS, SHORT_TIMEOUTS, Service
+from tests.support.service import SHORT_TIMEOUTS, Service
 from tests.support.wait import in_thread, wait_until
 
 READ_WRITE = {"PGTARGETSESSIONATTRS": "read-write"}
 IN_TIME = 1.125 + 2  # seconds: QUEUE_TIMEOUT + DATABASE_TIMEOUT of SHORT_TIMEOUTS, and a margin for a busy machine
 SOON = 5  # seconds within which a success must follow once there is a server to write to
 ANSWERED = {200, 204, 404}  # 404: the PUT of a new user was answered 503
-WAITING = "FROM pg_stat_activity WHERE usename = 'hello' AND wait_event = 'SyncRep'"
 
 
 @pytest.fixture(scope="module")
@@ -83,19 +82,6 @@ def test_primary_that_becomes_read_only_is_left_for_the_writable_host_by_put_and
     assert load.statuses[503] <= 16  # one batch of each of the two workers, in which each client has one PUT at most
 
 
-def test_host_that_swallows_a_write_is_left_for_the_next(database: Database, second: Database, tmp_path: Path) -> None:
-    with FaultProxy(f"{database.sockets_folder}/.s.PGSQL.{database.port}") as proxy:
-        environment = database.hosts((LOOPBACK, proxy.port), (second.sockets_folder, second.port))
-        timeouts = {"CONNECT_TIMEOUT": "0.75", "DATABASE_TIMEOUT": "0.75"}  # no time for two hosts
-        with Service(tmp_path, environment, WEB_CONCURRENCY="1", **timeouts) as service:
-            assert service.put("Swallowed").status == 204
-            assert "Swallowed" in database.rows()
-            proxy.blackhole()
-            assert service.put("Swallowed").status == 503
-            assert service.put("Swallowed", "1991-01-01").status == 204
-            assert second.rows()["Swallowed"].year == 1991
-
-
 def test_get_that_was_sent_to_another_host_than_puts_returns_to_theirs(
     database: Database, second: Database, tmp_path: Path
 ) -> None:
@@ -113,28 +99,3 @@ def test_get_that_was_sent_to_another_host_than_puts_returns_to_theirs(
                 lambda: service.put("Return").status == 204 and service.ask("GET", "/hello/Return").status == 200
             )
     assert "Return" not in second.rows()
-
-
-# --- A commit that waits for a standby --------------------------------------------------------------
-
-
-def test_standby_that_is_missing_costs_one_connection_a_slot_and_only_puts(
-    database: Database, service: Service, report: Callable[[str], None]
-) -> None:
-    open_all_connections(service, database)
-    with Load(service, database, 64) as load:
-        with database.set(synchronous_standby_names="absent"), database.connection_counts(service.name) as counts:
-            load.wait_for_answers(2 * 64, [503])  # each client's PUT was given up on, and refused at least once more
-            waiting = set(database.query(f"SELECT pid {WAITING}"))
-            load.wait_for_answers(2 * 64, [503])
-            load.wait_for_answers(64, [200, 404])
-            ended = waiting - set(database.query(f"SELECT pid {WAITING}"))
-        load.wait_for_answers(64, [204])
-    report(f"{load.report()}; connections at most {max(counts)}")
-    assert ended == set()  # terminating a session that waits would acknowledge its commit to nobody, and not undo it
-    assert load.slowest < IN_TIME
-    # A commit that was given up on still waits in the server: one for each of the two workers' slots for PUT.
-    assert len(waiting) <= 2
-    # One more in each worker asks whether they still wait; when it has left, it may be seen for a moment.
-    assert max(counts) <= CONNECTIONS + 2 + 2
-    wait_until(lambda: database.connections(service.name) <= CONNECTIONS)

@@ -44,17 +44,6 @@ def test_postgres_killed_under_load_loses_no_acknowledged_put(
     assert load.slowest < IN_TIME
 
 
-def test_postgres_restarted_while_connections_are_idle_costs_no_request(
-    database: Database, default_service: Service, report: Callable[[str], None]
-) -> None:
-    open_all_connections(default_service, database)
-    database.restart()
-    with Load(default_service, database, 32, is_fresh=True) as load:
-        wait_until(lambda: database.connections(default_service.name) == CONNECTIONS)
-    report(load.report())
-    assert set(load.statuses) == {200, 204}
-
-
 def test_postgres_suspended_is_503_in_time_and_livez_stays_fast_with_the_default_timeouts(
     database: Database, default_service: Service, report: Callable[[str], None]
 ) -> None:

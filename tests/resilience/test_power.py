@@ -64,7 +64,7 @@ def disk() -> Iterator[Disk]:
 
 @pytest.fixture
 def database(disk: Disk) -> Iterator[Database]:
-    server = Database(disk.mounted / "data")
+    server = Database(disk.mounted / "data", fsync="on")
     server.start()
     server.prepare()
     run("sync", "--file-system", disk.mounted)  # the data folder is a copy, which nothing has flushed yet

@@ -72,14 +72,6 @@ class Link:
 class FaultProxy:
     """A TCP proxy; a context manager that listens on `port` of 127.0.0.1.
 
-    hold()          keep what the clients of the present connections send; later connections work
-    held            how many bytes are kept
-    cut()           reset the present connections on the client's side only; the server sees nothing of it
-    deliver()       send what was kept; for connections that were cut, return when the server has done it
-    drop_replies()  pass requests on, and no reply; also on later connections
-    blackhole()     pass nothing on, in either direction; also on later connections
-    heal()          pass everything on again, and what was kept
-
     A statement that arrives late: `hold()`, send it, wait until `held`, `cut()`, do other things, `deliver()`.
 
     Args:

@@ -1,16 +1,15 @@
 """Clients at work that compare what they are answered, and the table at the end, with what was acknowledged."""
 
-import functools
 import itertools
 import re
 import threading
 import time
-from calendar import isleap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, NamedTuple, Self
 
+import hello
 from tests.support.network import Connection, Response
 from tests.support.postgres import Database
 from tests.support.service import CONNECTIONS, Service, body
@@ -25,17 +24,6 @@ def letters(number: int) -> str:
         text = chr(ord("a") + digit) + text
         if not number:
             return text
-
-
-@functools.cache
-def days_until_birthday(born: date, today: date) -> int:
-    """Return the days to the next birthday, counted day by day; of 29 February it is 1 March in common years."""
-    for days in itertools.count():
-        day = today + timedelta(days)
-        is_substitute = (born.month, born.day, day.month, day.day) == (2, 29, 3, 1) and not isleap(day.year)
-        if (day.month, day.day) == (born.month, born.day) or is_substitute:
-            return days
-    raise AssertionError
 
 
 class Journal:
@@ -70,7 +58,7 @@ class Journal:
         match = re.fullmatch(
             rf"Hello, {user}! (?:Your birthday is in (\d+) day\(s\)|Happy birthday!)", response.message
         )
-        counts = {days_until_birthday(born, day) for born in self.possible(user) if born for day in days}
+        counts = {hello.days_until_birthday(born, day) for born in self.possible(user) if born for day in days}
         return match is not None and int(match[1] or 0) in counts
 
 

@@ -52,8 +52,8 @@ class Database(Postgres):
         if folder is None:
             self.temporary = temporary_folder()
             folder = self.temporary / "data"
-        # In its folder, and not in /dev/shm, where a server that was killed leaves them
-        super().__init__(folder, **{"dynamic_shared_memory_type": "mmap"} | settings)
+        # In its folder, and not in /dev/shm, where a server that was killed leaves them; fsync matters to a power cut
+        super().__init__(folder, **{"dynamic_shared_memory_type": "mmap", "fsync": "off"} | settings)
 
     def stop(self) -> None:
         """Stop the server and remove its socket and its temporary folder."""
@@ -123,17 +123,14 @@ class Database(Postgres):
         counts: list[int] = []
         done = threading.Event()
 
-        def count_on_one_connection() -> None:
-            """Count until the connection is lost; each new one would be a process."""
-            with contextlib.closing(self.connect()) as connection, connection.cursor() as cursor:
-                while not done.wait(0.02):
-                    cursor.execute(COUNT_CONNECTIONS, [name])
-                    counts.append(cursor.fetchone()[0])
-
         def count() -> None:
+            """Count on one connection until it is lost, and then on the next: each is a process."""
             while not done.wait(0.02):
-                with contextlib.suppress(psycopg2.Error):
-                    count_on_one_connection()
+                with contextlib.suppress(psycopg2.Error), contextlib.closing(self.connect()) as connection:
+                    cursor = connection.cursor()
+                    while not done.wait(0.02):
+                        cursor.execute(COUNT_CONNECTIONS, [name])
+                        counts.append(cursor.fetchone()[0])
 
         thread = threading.Thread(target=count)
         thread.start()

@@ -9,8 +9,9 @@ from datetime import date, datetime, timedelta
 from typing import Self
 from zoneinfo import ZoneInfo
 
+import hello
 from tests.support.linearizability import NEVER, Operation, first_lost, first_violation
-from tests.support.load import days_until_birthday, defects_of, letters
+from tests.support.load import defects_of, letters
 from tests.support.network import Connection
 from tests.support.postgres import Database
 from tests.support.service import Service, body
@@ -27,7 +28,7 @@ def date_with(days: int) -> date:
 
 def days_of(born: date | None) -> int | None:
     """Return the days to the birthday; None of None."""
-    return None if born is None else days_until_birthday(born, datetime.now(ZoneInfo(NOON)).date())
+    return None if born is None else hello.days_until_birthday(born, datetime.now(ZoneInfo(NOON)).date())
 
 
 class Client(threading.Thread):
@@ -189,11 +190,3 @@ class Registers:
             ]
             violation = first_violation(history + self.table_reads(user))
             assert violation is None, f"{user}: the operations before it contradict {violation}"
-
-    def report(self, promoted: float) -> str:
-        """Return what happened, in one line."""
-        counts = [
-            f"{method}: {sum(map(self.successes, clients))} successes, {sum(len(c.failures) for c in clients)} failures"
-            for method, clients in {"PUT": self.writers, "GET": self.readers}.items()
-        ]
-        return f"{'; '.join(counts)}; the last failure {self.last_failure - promoted:.2f} s after the promotion"

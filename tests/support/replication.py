@@ -23,8 +23,7 @@ class Pair(NamedTuple):
 @contextlib.contextmanager
 def replicated() -> Iterator[Pair]:
     """Yield a primary and a standby on 127.0.0.1; each commit waits for the standby."""
-    # Without fsync, because no test stops the operating system.
-    primary, standby = (Database(listen_addresses=LOOPBACK, port=str(free_port()), fsync="off") for _ in range(2))
+    primary, standby = (Database(listen_addresses=LOOPBACK, port=str(free_port())) for _ in range(2))
     with contextlib.ExitStack() as stack:
         stack.callback(primary.stop)
         primary.start()
