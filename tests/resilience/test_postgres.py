@@ -54,8 +54,9 @@ def test_postgres_suspended_is_503_in_time_and_livez_stays_fast_with_the_default
         with database.suspended():
             readiness = in_thread(default_service.ask, "GET", "/readyz")
             start = time.monotonic()
-            # Longer than a request may take: one that waits without a bound is answered too late.
-            while time.monotonic() < start + DEFAULT_IN_TIME + 0.5 or not readiness.done():
+            # A request that waits without a bound is not answered here.
+            while not readiness.done() or not all(client.has_met(503) for client in load.clients):
+                assert time.monotonic() < start + DEFAULT_IN_TIME
                 answer = default_service.ask("GET", "/livez")
                 assert answer.status == 200
                 alive.append(answer.seconds)
@@ -67,7 +68,6 @@ def test_postgres_suspended_is_503_in_time_and_livez_stays_fast_with_the_default
         f"first success {load.first_success(resumed):.2f} s after SIGCONT"
     )
     assert readiness.result().status == 503
-    assert load.statuses[503]
     assert set(load.statuses) <= ANSWERED | {503}
     assert load.slowest < DEFAULT_IN_TIME
     assert max(alive) < 1  # a worker that waited for Postgres would take CONNECT_TIMEOUT, which is 1 s, or longer
@@ -145,7 +145,7 @@ def test_row_locked_for_long_gives_no_other_user_a_503_at_the_default_settings(
     with Load(default_service, database, 8) as load:
         load.wait_for_answers(50)
         with database.locked("SELECT FROM users WHERE username = 'Locked' FOR UPDATE"):
-            end = time.monotonic() + 6
+            end = time.monotonic() + 4
             clients = [in_thread(put_until, end, default_service) for _ in range(32)]  # so each batch has one
             statuses = [status for client in clients for status in client.result()]
     report(f"{load.report()}; {len(statuses)} PUTs of the locked row")

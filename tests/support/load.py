@@ -100,6 +100,10 @@ class Client(threading.Thread):
             if not (self.load.service_stops and isinstance(error, ConnectionRefusedError)):
                 self.defects.append(f"{type(error).__name__}: {error}")
 
+    def has_met(self, status: int) -> bool:
+        """Return whether it has had an answer with this status."""
+        return any(answer.status == status for answer in list(self.answers))
+
     def put(self, user: str, born: date) -> None:
         """Save a date and note whether it was acknowledged."""
         self.journal.send(user, born)

@@ -33,9 +33,7 @@ def template() -> Path:
     """Return a data folder as initdb makes it; each server of this process starts from a copy."""
     folder = temporary_folder()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    server = Postgres(folder / "data")
-    server.start()
-    server.stop()
+    Postgres(folder / "data").create()
     return folder / "data"
 
 
