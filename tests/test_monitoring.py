@@ -65,7 +65,7 @@ class Prometheus:
 
 @pytest.fixture(scope="module")
 def service(database: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[MonitoredService]:
-    with MonitoredService(tmp_path_factory.mktemp("service"), database) as service:
+    with MonitoredService(tmp_path_factory.mktemp("service"), database, WEB_CONCURRENCY="1") as service:
         yield service
 
 

@@ -154,7 +154,7 @@ def trickle(port: int, opening: bytes, count: int) -> list[float]:
 def test_slow_clients_are_closed_and_do_not_slow_a_normal_one(
     database: Database, tmp_path: Path, report: Callable[[str], None]
 ) -> None:
-    timeouts = {"HEAD_TIMEOUT": "1.5", "CONTENT_TIMEOUT": "1.5", "KEEPALIVE_TIMEOUT": "2"}
+    timeouts = {"HEAD_TIMEOUT": "1.5", "CONTENT_TIMEOUT": "1.5", "KEEPALIVE_TIMEOUT": "2", "WEB_CONCURRENCY": "1"}
     head = b"GET /hello/Slow HTTP/1.1\r\nHost: a\r\nX-Slow: "
     content = b"PUT /hello/Slow HTTP/1.1\r\nHost: a\r\nContent-Length: 4000\r\n\r\n"
     with Service(tmp_path, database.service_environment | timeouts) as service, contextlib.ExitStack() as stack:

@@ -23,7 +23,7 @@ SMUGGLED = b"GET /hello/Smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
 @pytest.fixture(scope="module")
 def quick_service(database: Database, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service that waits no longer than a second for the rest of a request."""
-    bounds = {"HEAD_TIMEOUT": "1", "CONTENT_TIMEOUT": "1"}
+    bounds = {"HEAD_TIMEOUT": "1", "CONTENT_TIMEOUT": "1", "WEB_CONCURRENCY": "1"}
     with Service(tmp_path_factory.mktemp("quick"), database.service_environment | bounds) as service:
         assert service.put("Smuggled").status == 204
         workers = service.workers()

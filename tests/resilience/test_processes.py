@@ -145,7 +145,8 @@ def test_sigterm_answers_all_pipelined_requests_that_have_arrived(database: Data
 
 
 def test_answer_that_outlasts_the_draining_closes_its_connection(database: Database, tmp_path: Path) -> None:
-    with Service(tmp_path, database.service_environment | PATIENT) as service, contextlib.ExitStack() as stack:
+    service = Service(tmp_path, database.service_environment | PATIENT, WEB_CONCURRENCY="1")
+    with service, contextlib.ExitStack() as stack:
         assert service.put("Locked", "1990-01-01").status == 204
         idle = idle_connections(service, stack, 1)
         connection = stack.enter_context(contextlib.closing(service.connect()))
