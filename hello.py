@@ -105,9 +105,10 @@ BATCH_SIZE = number("BATCH_SIZE", 100, "requests", 1, "Requests that may share o
 QUEUE_TIMEOUT = number("QUEUE_TIMEOUT", 1.5, "seconds", 0.001, "Time a request waits for a connection")
 CONNECT_TIMEOUT = number("CONNECT_TIMEOUT", 1.0, "seconds", 0.001, "Time an attempt to connect may take")
 STATEMENT_TIMEOUT = number("STATEMENT_TIMEOUT", 1.0, "seconds", 0.001, "Time Postgres may work on a statement")
-# A batch takes new requests for this time, so that the last one can still wait for 3/4 of QUEUE_TIMEOUT.
+# A batch is the requests that share one statement (Batcher). It takes new requests for this time, so that the last one
+# can still wait for 3/4 of QUEUE_TIMEOUT.
 JOIN_SECONDS = QUEUE_TIMEOUT / 4
-# A batch with one locked row waits twice, as a whole and for the row (Batcher.run). Both together are shorter than
+# A batch with one locked row waits twice, as a whole and for the row. By default both together are shorter than
 # JOIN_SECONDS, so that the requests of the next batch are still answered in time.
 LOCK_TIMEOUT = number("LOCK_TIMEOUT", 0.15, "seconds", 0.001, "Time a write may wait for a lock of another transaction")
 DATABASE_TIMEOUT = number("DATABASE_TIMEOUT", 3.0, "seconds", 0.001, "Time for connecting and for a statement together")
@@ -185,10 +186,11 @@ READ = """
     SET LOCAL transaction_read_only = on;
     {statement}
 """
-# A write may reach Postgres late, after its 503 and after the 204 of a newer one. It must not be committed then. So
-# COMMIT is a message of its own, sent after Postgres has answered WRITE in time. Until the COMMIT arrives, or
-# idle_in_transaction_session_timeout ends the transaction, its rows are locked: nobody saves a newer date in between.
-# COMMIT warns (client_min_messages) if no standby has confirmed it.
+# A write may reach Postgres late, after its 503 and after the 204 of a newer one. It must not be committed then.
+# So COMMIT is a message of its own, sent after Postgres has answered WRITE in time.
+# The COMMIT may be late too. Until it arrives, or idle_in_transaction_session_timeout ends the transaction, the rows
+# are locked: nobody saves a newer date in between.
+# COMMIT waits for a synchronous standby. If that wait is cancelled, it warns (client_min_messages).
 WRITE = """
     BEGIN;
     SET LOCAL statement_timeout = %s;
@@ -232,9 +234,8 @@ def days_until_birthday(born: date, on: date) -> int:
 
 # --- Requests and responses -------------------------------------------------------------------------
 # "Or 400" in a docstring: it raises HTTPError(400).
+
 Header = tuple[str, str]
-
-
 COMMON_HEADERS = (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"))
 
 
@@ -263,10 +264,10 @@ class HTTPError(Exception):
 
 
 class Unavailable(HTTPError):
-    """The database is down or slow."""
+    """The database is down or slow, or refuses the statement."""
 
     def __init__(self) -> None:
-        super().__init__(503, "The database does not answer: try again in a second.", ("Retry-After", "1"))
+        super().__init__(503, "The database cannot do this now: try again in a second.", ("Retry-After", "1"))
 
 
 encode_json = json.JSONEncoder(ensure_ascii=False).encode  # of a text: several times as fast as of a dict
@@ -460,11 +461,11 @@ def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iter
 # What a PUT is promised:
 # - 204: Postgres has committed the row, and the synchronous standby has it if there is one.
 # - 503: the row is not committed, and never will be. There are two exceptions:
-# - 503 after UnconfirmedWrite: it is committed, on one server alone.
-# - 503 after LostCommit: it may be committed. The 503 is sent when Postgres can no longer begin to commit. A commit
-#   that has begun may wait for the standby, and the row becomes visible when the standby has it.
-# - A PUT that got 503 never overwrites a later one that got 204. Nothing that may have been committed is sent again,
-#   and a transaction that waits for its COMMIT keeps its rows locked.
+#     UnconfirmedWrite: it is committed, on one server alone.
+#     LostCommit: it may be committed, because the COMMIT may still be on its way. The 503 is sent when Postgres can no
+#     longer begin to commit. A commit that has begun may wait for the standby; then the row becomes visible.
+# - Order: a PUT that got 503 never overwrites a later one that got 204. Nothing that may have been committed is sent
+#   again, and a transaction that waits for its COMMIT keeps its rows locked.
 #
 # The name of an error's class is its label in the metrics. The first five are OperationalErrors: no batch is run row by
 # row because of them, and init-db tries again.
@@ -500,7 +501,7 @@ class UnreadableRow(psycopg2.DataError):
 
 # While serving, each of these is a 503. Any other exception of a statement is a bug.
 DATABASE_ERRORS = (psycopg2.Error, TimeoutError)
-# One row can cause these, and they undo the whole statement. ConnectionFailure: a Citus cluster has lost its node.
+# One row can cause these, and they undo the whole statement. ConnectionFailure: Citus has lost the node of the row.
 ROW_ERRORS = (
     psycopg2.DataError,
     psycopg2.IntegrityError,
@@ -517,19 +518,18 @@ LASTING_ERRORS = (
 
 
 def is_lost(error: psycopg2.Error) -> bool:
-    """Return whether an error says that the connection is lost. Then it is
-    - libpq's: it has no SQLSTATE, or
-    - PgBouncer's: it is FATAL and of class 08. Citus reports a lost node of its own with class 08 too, but as ERROR.
+    """Return whether libpq or PgBouncer says that the connection is lost.
 
-    After a FATAL error of Postgres, Connection.is_open finds that the connection is closed.
+    After a FATAL error of Postgres itself, Connection.is_open finds that the connection is closed.
     """
-    if error.pgcode is None:
-        return not isinstance(error, psycopg2.ProgrammingError)  # which is a mistake in this module
+    if error.pgcode is None:  # libpq's; a ProgrammingError is a mistake in this module
+        return not isinstance(error, psycopg2.ProgrammingError)
+    # PgBouncer's. Citus reports a node that it has lost with class 08 too, but as an ERROR.
     return error.pgcode.startswith("08") and error.diag.severity_nonlocalized == "FATAL"
 
 
-def goes_on(error: Exception) -> bool:
-    """Return whether an error is Postgres' answer to a statement, and the connection can be used further."""
+def session_goes_on(error: Exception) -> bool:
+    """Return whether Postgres has answered with an ERROR; FATAL ends the session, and a lost one has no severity."""
     return isinstance(error, psycopg2.Error) and error.diag.severity_nonlocalized == "ERROR"
 
 
@@ -660,7 +660,7 @@ class Connection:
 
     def ask_about_server(self, deadline: float) -> None:
         """Read `server_id` and `stuck_commits`."""
-        stuck_after = DATABASE_TIMEOUT / 2
+        stuck_after = DATABASE_TIMEOUT / 2  # a slow standby takes less
         [row] = self.execute(ABOUT_SERVER, deadline, (stuck_after,))
         self.server_id, self.stuck_commits = row
 
@@ -668,18 +668,19 @@ class Connection:
         """Wait until Postgres has answered; after a TimeoutError the connection is closed.
 
         Args:
-            is_sent: nothing is left to send. Then wait for the socket first, even if the answer is already there:
-                under gevent, other requests run meanwhile, and join the next batch.
+            is_sent: nothing is left to send.
         """
         try:
+            # With POLL_READ this waits at least once, even if the answer is already there: under gevent, other requests
+            # run meanwhile, and join the next batch.
             state = extensions.POLL_READ if is_sent else self.psycopg.poll()
             while state != extensions.POLL_OK:
                 self.wait_for_socket(state, deadline)
                 state = self.psycopg.poll()
         except psycopg2.Error:
-            raise  # psycopg2 knows the state of the connection
+            raise  # psycopg2 has closed the connection if it is lost
         except TimeoutError:
-            self.abandon()  # at once: Postgres ends the transaction when it notices
+            self.close_and_try_last()  # at once: Postgres ends the transaction when it notices
             raise
         except BaseException:  # the WSGI server kills this request
             self.close()
@@ -733,8 +734,8 @@ class Connection:
         """Close the connection."""
         self.psycopg.close()
 
-    def abandon(self) -> None:
-        """Close the connection; find_addresses puts its address last from now on."""
+    def close_and_try_last(self) -> None:
+        """Close the connection; from now on, find_addresses puts its address last."""
         info = self.psycopg.info
         host_and_port = (info.host, str(info.port))
         self.close()
@@ -746,7 +747,7 @@ class Connection:
 
 
 class TrialConnection(Connection):
-    """A connection whose writes are rolled back, and so wait for no standby."""
+    """A connection on which `write` ends with a rollback, and so waits for no standby; `execute` is as usual."""
 
     end_of_write = ROLLBACK
 
@@ -767,7 +768,7 @@ def connection_options(addresses: list[Address]) -> dict[str, Any]:
         options["host"] = ",".join([address.host for address in addresses])
         options["hostaddr"] = ",".join([address.hostaddr for address in addresses])
         options["port"] = ",".join([address.port for address in addresses])
-    hosts = os.environ.get("PGHOSTADDR") or ",".join(postgres_hosts())
+    hosts = os.environ.get("PGHOSTADDR") or os.environ.get("PGHOST", "")
     if "," in hosts and not os.environ.get("PGTARGETSESSIONATTRS"):
         options["target_session_attrs"] = "read-write"  # only one of several hosts is the primary
     return options
@@ -781,7 +782,7 @@ def milliseconds(seconds: float) -> int:
 def connect(deadline: float) -> Connection:
     """Open a connection; after a TimeoutError try again while there is time.
 
-    The address that did not answer then comes last (Connection.abandon). After one that refuses, libpq itself tries the
+    The address that did not answer then comes last (close_and_try_last). After one that refuses, libpq itself tries the
     next one.
     """
     while True:
@@ -795,10 +796,9 @@ def connect(deadline: float) -> Connection:
 class LastWrites:
     """Tells which connections may lead to an old server: after a failover it still answers, with old rows.
 
-    A write shows that its server is the primary. A connection to another server is replaced if it was opened
-    - before the first write to this primary, so before the failover, or
-    - more than DATABASE_TIMEOUT before the last write, so before that write began: another server was primary then.
-    A connection that was opened later is kept, because its server may have become the primary meanwhile.
+    A write shows that its server was the primary while it ran. A connection to another server is replaced if it was
+    opened before the process' first write to this primary, or before its last write began, which is at most
+    DATABASE_TIMEOUT ago. One that was opened later is kept: its server may have become the primary since.
     """
 
     def __init__(self) -> None:
@@ -871,7 +871,7 @@ def check_standby(connection: Connection, deadline: float) -> None:
     if connection.stuck_commits:  # perhaps no longer
         connection.ask_about_server(deadline)
     if connection.stuck_commits:
-        connection.abandon()  # the next one tries another server first: it may have been promoted
+        connection.close_and_try_last()  # another server may have been promoted
         pause = min(CONNECT_TIMEOUT, deadline - monotonic())
         sleep(max(0, pause))  # the next write opens a connection: not more often than this
         raise StandbyMissing("earlier writes still wait for a synchronous standby")
@@ -890,10 +890,10 @@ def begin_write(
     try:
         return connection.execute(begun, deadline, (*timeouts, *parameters))
     except errors.ReadOnlySqlTransaction:  # a failover has made the server a standby
-        connection.abandon()
+        connection.close_and_try_last()
         raise
     except psycopg2.Error as error:
-        if goes_on(error):
+        if session_goes_on(error):
             connection.execute(ROLLBACK, deadline)  # the transaction has begun
         raise
 
@@ -907,7 +907,7 @@ def commit(connection: Connection, deadline: float, final_at: float) -> None:
     except errors.IdleInTransactionSessionTimeout:  # the COMMIT was late: the transaction is rolled back
         raise
     except DATABASE_ERRORS as error:
-        if goes_on(error):  # and has rolled back
+        if session_goes_on(error):  # Postgres has rolled back
             raise
         raise LostCommit(str(error), final_at) from None
     if warnings:
@@ -955,7 +955,7 @@ class Slot:
         """Return the connection, or a new one if it is missing or closed, or may lead to an old server."""
         old = self.connection
         if old and last_writes.must_replace(old):
-            old.abandon()
+            old.close_and_try_last()
         elif old and old.is_open():
             return old
         elif old:
@@ -1019,8 +1019,15 @@ Operation = Callable[[Connection, ByUser, float], ByUser]
 Observer = Callable[[str, int, float, Exception | None], None]
 
 
-def ignore(*observation: object) -> None:
-    """Observe nothing."""
+def log_failure(
+    operation: str,
+    requests: int,
+    seconds: float,
+    error: Exception | None,
+) -> None:
+    """Log the class of a statement's error."""
+    if error:
+        LOG.warning("database: %s failed: %s", operation, type(error).__name__)
 
 
 class Batcher:
@@ -1036,14 +1043,14 @@ class Batcher:
 
     Attributes:
         observe: is called after each statement, and after an attempt to connect that failed, with the operation's name,
-            the number of requests, the seconds that it took, and its error.
+            the number of requests, the seconds that it took, and its error. By default it logs errors.
     """
 
     def __init__(self, operation: Operation, pool: Pool) -> None:
         self.name = operation.__name__
         self.operation = operation
         self.pool = pool
-        self.observe: Observer = ignore
+        self.observe: Observer = log_failure
         self.lock = threading.Lock()
         self.waiting: list[Batch] = []  # for a connection; requests join the last one
 
@@ -1113,7 +1120,7 @@ class Batcher:
             batch.done.set()
 
     def linger(self) -> None:
-        """Let the clients that were just answered send their next requests, which join the batch that waits."""
+        """Keep the slot while the clients that were just answered send their next requests, which join a batch."""
         if self.waiting:
             sleep(YIELD_SECONDS)
 
@@ -1159,7 +1166,7 @@ class Batcher:
             self.observe(self.name, requests, monotonic() - start, error)
             raise
         except BaseException:  # a bug, or the WSGI server kills this request, perhaps during a COMMIT
-            batch.final_at = monotonic() + DATABASE_TIMEOUT  # the transaction ends before
+            batch.final_at = monotonic() + DATABASE_TIMEOUT  # the idle limit of its transaction is shorter
             raise
         batch.results.update(results)
         self.observe(self.name, requests, monotonic() - start, None)
@@ -1219,7 +1226,8 @@ def run_schema(connection: Connection, deadline: float) -> None:
 
 def try_statements(connection: TrialConnection, deadline: float) -> None:
     """Run the service's statements, without a commit; raise UnusableDatabase."""
-    username = f"init-db {uuid.uuid4()} ".ljust(MAX_NAME_BYTES, "-")  # no user's: it is not only letters
+    # No user has this name: it is not only letters. It is as long as a name may be: the column may be too narrow.
+    username = f"init-db {uuid.uuid4()} ".ljust(MAX_NAME_BYTES, "-")
     try:
         for batcher in BATCHERS:
             batcher.operation(connection, {username: date.min}, deadline)

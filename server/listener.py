@@ -1,7 +1,6 @@
 """Accept connections, and stop accepting them without a reset."""
 
 import contextlib
-from os import close as close_at_once  # before gevent replaces it
 
 import gevent
 from gevent.server import StreamServer
@@ -22,5 +21,4 @@ class Listener(StreamServer):
             with contextlib.suppress(OSError):  # out of file descriptors
                 while arrival := self.do_read():
                     gevent.spawn(self.handle, *arrival)  # not in the pool, which may be full
-            close_at_once(self.socket.detach())  # gevent would close later: what arrives until then would be reset
         super().close()

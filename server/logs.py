@@ -24,11 +24,10 @@ from server import settings
 
 LOG = logging.getLogger("hello")
 STDOUT = 1
-LEVEL_NAMES = {logging.INFO: "info", logging.WARNING: "warning"}  # of requests
 PROBES = {"/livez", "/readyz"}  # counted, not logged: probes repeat every few seconds
 IS_TEXT = settings.LOG_FORMAT == "text" or (settings.LOG_FORMAT == "auto" and os.isatty(STDOUT))
 MAX_WAITING_LINES = 10_000  # about 5 MB; 1 second of requests at full load
-STOP_SECONDS = 1.0  # how long a process waits at its exit for its last lines to be written
+STOP_SECONDS = 0.3  # how long an exit waits for the last lines: less than worker.EXIT_SECONDS; the others are lost
 
 
 @lru_cache(maxsize=2)  # the requests of a statement end in the same millisecond
@@ -82,7 +81,9 @@ def record_line(record: logging.LogRecord) -> str:
     if IS_TEXT:
         return f"{moment} {level:8} {message}{': ' + location(error) if error else ''}"
     entry = {"time": moment, "level": level, "message": message}
-    return json.dumps(entry | {"exception": location(error)} if error else entry)
+    if error:
+        entry["exception"] = location(error)
+    return json.dumps(entry)
 
 
 class LineWriter:
@@ -109,13 +110,13 @@ class LineWriter:
 
     def add(self, lines: list[str]) -> None:
         """Queue lines."""
+        if self.finished is None:
+            self.start()
         if self.added - self.taken >= MAX_WAITING_LINES:
             self.refused += len(lines)
             return
         self.added += len(lines)
         self.waiting.put(lines)
-        if self.finished is None:
-            self.start()
 
     def start(self) -> None:
         """Start the thread, with every signal blocked: they are for the main thread."""
@@ -131,7 +132,7 @@ class LineWriter:
 
     def run(self, waiting: "SimpleQueue[list[str] | None]", finished: Any) -> None:
         """Write lines until None is queued."""
-        while lines := waiting.get():
+        while (lines := waiting.get()) is not None:
             self.write_lines(lines)
             self.taken += len(lines)
         finished.release()
@@ -180,7 +181,7 @@ def log_requests(requests: list[AnsweredRequest]) -> None:
         is_failure = request.status.startswith("5")
         level = logging.WARNING if is_failure else logging.INFO
         if request.route not in PROBES and LOG.isEnabledFor(level):
-            lines.append(request_line(request, LEVEL_NAMES[level]))
+            lines.append(request_line(request, "warning" if is_failure else "info"))
     if lines:
         WRITER.add(lines)
 

@@ -7,7 +7,6 @@ gunicorn's master imports this module before gevent patches the standard library
 the same in all of them, and the locks of the metrics are those of the operating system, which are faster.
 """
 
-import atexit
 import os
 import pickle
 import platform
@@ -145,7 +144,6 @@ class SharedMetrics(Collector):
         self.number = number
         self.version = version
         self.inherited = without_gauges(read_snapshot(number))
-        atexit.register(self.share, is_last=True)
 
     def share_for_ever(self) -> None:
         """Share what this worker counts, every SHARE_SECONDS."""
@@ -165,7 +163,7 @@ class SharedMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield the sums: of counters over all workers there were, of gauges over those that run."""
         metrics = self.share()  # so the next scrape, by another worker, does not find less
-        workers = os.fstat(MEMORY).st_size // offset(1, 0)  # each has its header and two areas
+        workers = os.fstat(MEMORY).st_size // offset(1, 0)  # the file ends inside the areas of the highest number
         for number in range(1, workers + 1):
             metrics += read_snapshot(number) if number != self.number else []
         for metric in add_up(metrics):

@@ -99,7 +99,8 @@ def parse_headers(head: bytes) -> Headers:
     """Return the headers of a whole head."""
     headers = Headers()
     parser = HttpRequestParser(headers)
-    parser.set_dangerous_leniencies(lenient_transfer_encoding=True)  # is_chunked checks more, and accepts a last tab
+    # llhttp would refuse every coding that it does not know with one error; is_chunked tells 400 from 501.
+    parser.set_dangerous_leniencies(lenient_transfer_encoding=True)
     try:
         parser.feed_data(head)
     except HttpParserUpgrade:
@@ -233,7 +234,7 @@ class ChunkReader:
         self.parser.feed_data(CHUNKED_HEAD)
 
     def feed(self, data: bytes) -> bytes:
-        """Take bytes; return those behind the content. Each part ends at a blank line, where the content may end."""
+        """Take bytes; return those behind the content, which may end at any blank line: llhttp does not tell where."""
         while data and not self.content.is_complete:
             found = (self.tail + data).find(BLANK_LINE)
             end = len(data)
@@ -291,7 +292,7 @@ class Request:
     def read_head(self, data: bytes) -> bytes:
         """Take bytes of the head; return those behind it."""
         known = len(self.head)
-        self.head += data if known else data.lstrip(b"\r\n")  # RFC 9112, section 2.2
+        self.head += data if self.head else data.lstrip(b"\r\n")  # RFC 9112, section 2.2
         found = self.head.find(BLANK_LINE, max(0, known - 3))
         if found < 0:
             self.check_unfinished_head()

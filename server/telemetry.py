@@ -17,6 +17,7 @@ UNMATCHED = "unmatched"  # the route of an unknown path
 
 REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,128}")
 # W3C Trace Context, section 3.2: version ff and ids of zeros are invalid, and only later versions may say more.
+# Version 00 has 55 characters, and nothing after them.
 TRACEPARENT = re.compile(
     "(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})(?P<trace_id>[0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
 )
@@ -87,7 +88,7 @@ class Telemetry:
         metrics.start_at_zero(service.USER_ROUTE)
         for batcher in service.BATCHERS:
             batcher.observe = self.statement
-        atexit.register(self.count_requests)
+        atexit.register(self.close)
         threading.Thread(target=shared.share_for_ever, daemon=True).start()
 
     def note_answer(self, environ: WSGIEnvironment, status: str, size: int, seconds: float) -> str:
@@ -117,6 +118,11 @@ class Telemetry:
             duration = metrics.duration_of(request.method, request.route, request.status)
             duration.observe(request.seconds)
         log_requests(answered)
+
+    def close(self) -> None:
+        """Count, log and share what is left; LineWriter.close runs after it."""
+        self.count_requests()
+        self.shared.share(is_last=True)
 
     def statement(self, operation: str, requests: int, seconds: float, error: Exception | None) -> None:
         """Count a statement; log the begin and the end of an outage."""

@@ -90,9 +90,10 @@ class ClientConnection:
         """Serve requests until either side closes."""
         try:
             self.serve_requests()
-            if self.phase is SEND:
+            if self.phase is SEND:  # after a response, the client may still send
                 self.close_gently()
         except Exception as error:
+            # Outside the application, only the client's socket raises OSError.
             has_left = isinstance(error, OSError) and self.phase is not APPLICATION
             if not has_left:
                 self.worker.log.error("uncaught exception", exc_info=error)
@@ -186,7 +187,7 @@ class ClientConnection:
         ]
         if method == "HEAD":
             content = b""
-        if telemetry := self.worker.telemetry:
+        if telemetry := self.worker.telemetry:  # also on the port of the metrics
             environ = self.request.environ
             request_id = telemetry.count_refusal(environ, method, str(error.status.value), len(content))
             headers.append(("X-Request-Id", request_id))
@@ -209,12 +210,13 @@ class ClientConnection:
         """Read what the client still sends: closing with unread bytes would reset the connection."""
         self.socket.shutdown(socket.SHUT_WR)
         self.enter(CLOSE, DRAIN_SECONDS)
-        end = self.since + DRAIN_SECONDS
-        data = self.socket.recv(DRAIN_BYTES)
-        while (data or self.is_late) and monotonic() < end:  # after SHUT_RD, recv returns nothing at once
-            gevent.sleep(DRAIN_SECONDS / 20)  # a client that sends without end must not keep the worker busy
+        data = b""
+        while monotonic() < self.since + DRAIN_SECONDS:
             data = self.socket.recv(DRAIN_BYTES)
-        if data:  # without a reset, Linux lets a client that may not send at this moment wait for a minute
+            if not data and not self.is_late:  # after a time limit, recv does not wait
+                return
+            gevent.sleep(DRAIN_SECONDS / 20)  # a client that sends without end must not keep the worker busy
+        if data:  # without a reset, a client that waits until it may send would wait for a minute
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
 
 
@@ -236,7 +238,8 @@ class Worker(ggevent.GeventWorker):
         try:
             super().load_wsgi()
         except SystemExit as error:
-            gevent.sleep((self.number - 1) % self.cfg.workers * 2)  # so one prints: its end stops the others within 1 s
+            # All workers fail alike. The first one prints, and its end stops the others, which wait 2 s more each.
+            gevent.sleep((self.number - 1) % self.cfg.workers * 2)
             if not self.alive:
                 sys.exit()
             print(error, file=sys.stderr)
@@ -260,7 +263,7 @@ class Worker(ggevent.GeventWorker):
             self.sweep()
         for listener in listeners:
             listener.close()
-        self.sweep()
+        self.sweep()  # now the last ones are in self.connections
         while self.connections and monotonic() < stopped + self.cfg.graceful_timeout - EXIT_SECONDS:
             self.sweep()
         if self.connections:
@@ -288,7 +291,7 @@ class Worker(ggevent.GeventWorker):
     def requests_in_progress(self) -> int:
         """Return how many requests the application works on; one for /metrics does not count."""
         running = [connection for connection in self.connections if connection.phase is APPLICATION]
-        return sum([connection.application is self.wsgi for connection in running])
+        return len([connection for connection in running if connection.application is self.wsgi])
 
     def common_environ(self, own_address: Any) -> WSGIEnvironment:
         """Return what the environs of all requests of a connection have in common (PEP 3333)."""

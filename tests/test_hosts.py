@@ -237,6 +237,6 @@ def test_next_attempt_begins_after_the_host_of_a_lost_connection(
     table: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_hosts(monkeypatch, "127.0.0.2,127.0.0.1,localhost", free_port(), table.port, table.port)
-    connect_once().abandon()
+    connect_once().close_and_try_last()
     with closing(connect_once()) as connection:
         assert connection.psycopg.info.host == "localhost"
