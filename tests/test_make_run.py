@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import os
 import re
 import shutil
@@ -11,8 +10,7 @@ import socket
 import subprocess
 import threading
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
@@ -20,13 +18,16 @@ import psutil
 import pytest
 
 from tests.support.make import environment, linked_venv
-from tests.support.network import free_port
+from tests.support.network import ask, free_port
 from tests.support.postgres import template
+from tests.support.service import body
 from tests.support.wait import wait_until
 from tools.embedded_postgres import Postgres, as_server_user, binaries
 
 ROOT = Path(__file__).parents[1]
 MODULE = "tools.serve"
+
+only_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root must start Postgres as another user")
 
 
 class MakeRun:
@@ -99,12 +100,9 @@ class MakeRun:
         self.send(signal.SIGINT)
         return self.wait_stopped()
 
-    def ask(self, content: str | None = None) -> int:
-        data = None if content is None else json.dumps({"dateOfBirth": content}).encode()
-        url = f"http://127.0.0.1:{self.port}/hello/Zoe"
-        request = urllib.request.Request(url, data, method="GET" if data is None else "PUT")
-        with urllib.request.urlopen(request, timeout=10) as response:
-            return int(response.status)
+    def ask(self, born: str = "") -> int:
+        """Save a date of birth, or without one ask for the greeting; return the status."""
+        return ask(int(self.port), "PUT" if born else "GET", "/hello/Zoe", body(born) if born else None).status
 
 
 def users_of(data: Path) -> list[psutil.Process]:
@@ -136,23 +134,35 @@ def created(data: Path) -> Path:
     return data
 
 
+# Variables that are meant for others
+FOREIGN = {
+    "PGSSLMODE": "require",
+    "PGREQUIREAUTH": "scram-sha-256",
+    "PGCHANNELBINDING": "require",
+    "PGOPTIONS": "-c default_transaction_read_only=on",
+    "PGTARGETSESSIONATTRS": "standby",
+    "PGTZ": "Nowhere",
+    "PGSERVICEFILE": "/nowhere",
+    "PYTHONSAFEPATH": "1",
+}
+
+
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeRun]:
-    """A `make run` that serves; tests may ask it, and no more."""
-    with MakeRun(tmp_path_factory.mktemp("running") / "data") as run:
+    """A first start that serves, under nohup and in somebody else's environment; tests may not stop it."""
+    data = tmp_path_factory.mktemp("running") / "data"
+    data.mkdir()
+    (data / "lock").write_bytes(b"\xff damaged")
+    with MakeRun(data, hangup="ignore", **FOREIGN) as run:
         yield run
 
 
 # --- It starts, and stops ---------------------------------------------------------------------------
 
 
-def test_data_survives_a_restart_and_no_process_is_left(data: Path) -> None:
-    with MakeRun(data) as first:
-        assert "Creating the database" in first.output
-        assert first.ask("1990-05-17") == 204
-        assert len(first.processes()) > 3
-    with MakeRun(data) as second:
-        assert second.ask() == 200
+def test_variables_that_are_meant_for_others_do_no_harm(running: MakeRun) -> None:
+    assert "Creating the database" in running.output
+    assert running.ask("1990-05-17") == 204
 
 
 def test_service_listens_on_loopback_only(running: MakeRun) -> None:
@@ -161,69 +171,21 @@ def test_service_listens_on_loopback_only(running: MakeRun) -> None:
     assert [address.ip for address in listening if str(address.port) == running.port] == ["127.0.0.1"]
 
 
-# --- Interruptions ----------------------------------------------------------------------------------
+def test_hangup_under_nohup_does_nothing(running: MakeRun) -> None:
+    running.send(signal.SIGHUP)
+    mask = re.findall(r"SigIgn:\t(\w+)", Path(f"/proc/{running.supervisor().pid}/status").read_text())[0]
+    assert int(mask, 16) >> (signal.SIGHUP - 1) & 1, "it does not ignore the signal"
+    assert running.ask("1990-05-17") == 204
 
 
-# What is in DATA at each step of the first start
-NEW = ".made-by-make-data-*"
-STEPS = ["lock", NEW, f"{NEW}/PG_VERSION", f"{NEW}/base/1", f"{NEW}/base/4", "data/server.log"]
+def test_lock_with_anything_in_it_is_a_lock_and_stays(running: MakeRun) -> None:
+    assert (running.data / "lock").read_bytes() == b"\xff damaged"
 
 
-def has_reached(run: MakeRun, step: str) -> bool:
-    """Return whether a first start has reached a step or the last one; without a step, whether make runs a program."""
-    if not step:
-        return len(run.processes()) > 1
-    return any(run.data.glob(step)) or (run.data / "data" / "postmaster.pid").exists()
-
-
-def test_first_start_interrupted_at_any_step_spoils_nothing(data: Path) -> None:
-    for step in ["", *STEPS, "data/postmaster.pid"]:
-        run = MakeRun(data)
-        wait_until(functools.partial(has_reached, run, step), 30)
-        run.stop()
-    with MakeRun(data) as run:
-        assert run.ask("1990-05-17") == 204
-    assert sorted(path.name for path in data.iterdir()) == ["data", "lock"]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])  # an impatient hand; `timeout 5 make run`
-def test_signals_while_it_stops_leave_no_process(created: Path, number: int) -> None:
-    run = MakeRun(created, HEAD_TIMEOUT="2")
-    run.wait_serving()
-    supervisor = run.supervisor()
-    with socket.create_connection(("127.0.0.1", int(run.port))) as client:
-        client.sendall(b"GET /hello/Zoe HTTP/1.1\r\n")  # a request that is not complete: stopping takes a while
-        for _ in range(5):
-            with contextlib.suppress(ProcessLookupError):  # it has ended
-                run.send(number)
-            time.sleep(0.1)  # the moment, not a wait
-        psutil.wait_procs([supervisor], 30)
-        assert [process for process in users_of(created) if process.pid != run.process.pid] == []
-
-
-KILLED = {
-    "the supervisor": lambda run: [run.supervisor()],
-    "the supervisor's children": lambda run: run.supervisor().children(),
-    "the supervisor and its children": lambda run: [run.supervisor(), *run.supervisor().children()],
-    "all but make": lambda run: run.processes()[1:],
-}
-
-
-@pytest.mark.parametrize("killed", KILLED.values(), ids=KILLED)
-def test_next_start_serves_after_processes_were_killed(
-    created: Path, killed: Callable[[MakeRun], list[psutil.Process]]
-) -> None:
-    first = MakeRun(created)
-    first.wait_serving()
-    assert first.ask("1990-05-17") == 204
-    left = users_of(created)
-    for process in killed(first):
-        with contextlib.suppress(psutil.NoSuchProcess):  # it ended with another
-            process.kill()
-    first.process.wait(20)
-    with MakeRun(created, PORT=first.port) as run:
-        assert run.ask() == 200
-        assert set(left) & set(users_of(created)) == set()
+@only_root
+def test_modes_of_the_folders_above_stay(running: MakeRun) -> None:
+    above = list(running.data.parents)[:3]  # pytest made them for their owner only
+    assert [oct(path.stat().st_mode & 0o777) for path in above] == ["0o700"] * 3
 
 
 def test_second_make_run_on_the_same_folder_waits_until_the_first_has_stopped(created: Path) -> None:
@@ -237,50 +199,62 @@ def test_second_make_run_on_the_same_folder_waits_until_the_first_has_stopped(cr
         assert second.ask() == 200
 
 
-def ignores(process: psutil.Process, number: int) -> bool:
-    """Return whether a process ignores a signal."""
-    mask = re.findall(r"SigIgn:\t(\w+)", Path(f"/proc/{process.pid}/status").read_text())[0]
-    return bool(int(mask, 16) >> (number - 1) & 1)
+# --- Interruptions ----------------------------------------------------------------------------------
 
 
-def test_hangup_stops_it(created: Path) -> None:
+def has_reached(run: MakeRun, step: str) -> bool:
+    """Return whether a first start has reached a step or the last one; without a step, whether make runs a program."""
+    if not step:
+        return len(run.processes()) > 1
+    return any(run.data.glob(step)) or (run.data / "data" / "postmaster.pid").exists()
+
+
+def test_first_start_interrupted_at_any_step_spoils_nothing(data: Path) -> None:
+    # What is in DATA: before Python runs, when initdb begins, in the middle of it, and when Postgres starts
+    for step in ("", ".made-by-make-data-*", ".made-by-make-data-*/base/1", "data/server.log"):
+        run = MakeRun(data)
+        wait_until(functools.partial(has_reached, run, step), 30)
+        run.stop()
+    with MakeRun(data) as run:
+        assert run.ask("1990-05-17") == 204
+    assert sorted(path.name for path in data.iterdir()) == ["data", "lock"]
+
+
+def test_hangup_stops_it_and_signals_while_it_stops_leave_no_process(created: Path) -> None:
+    run = MakeRun(created, HEAD_TIMEOUT="1")
+    run.wait_serving()
+    supervisor = run.supervisor()
+    with socket.create_connection(("127.0.0.1", int(run.port))) as client:
+        client.sendall(b"GET /hello/Zoe HTTP/1.1\r\n")  # a request that is not complete: stopping takes a while
+        run.send(signal.SIGHUP)
+        run.wait_serving("Handling signal: term")
+        # An impatient hand, and `timeout 5 make run`
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                run.send(number)
+            time.sleep(0.1)  # the moment, not a wait
+        psutil.wait_procs([supervisor], 30)
+        assert [process for process in users_of(created) if process.pid != run.process.pid] == []
+
+
+def test_next_start_serves_after_processes_were_killed(created: Path) -> None:
     run = MakeRun(created)
     run.wait_serving()
-    run.send(signal.SIGHUP)
-    run.wait_stopped()
-
-
-def test_hangup_under_nohup_does_nothing(created: Path) -> None:
-    with MakeRun(created, hangup="ignore") as run:
-        assert ignores(run.supervisor(), signal.SIGHUP)
-        run.send(signal.SIGHUP)
-        assert run.ask("1990-05-17") == 204
-
-
-# --- In somebody else's environment and folders -----------------------------------------------------
-
-LIBPQ = {
-    "PGSSLMODE": "require",
-    "PGREQUIREAUTH": "scram-sha-256",
-    "PGCHANNELBINDING": "require",
-    "PGOPTIONS": "-c default_transaction_read_only=on",
-    "PGTARGETSESSIONATTRS": "standby",
-    "PGTZ": "Nowhere",
-    "PGSERVICEFILE": "/nowhere",
-}
-
-
-@pytest.mark.parametrize("settings", [LIBPQ, {"PYTHONSAFEPATH": "1"}], ids=["libpq", "safe path"])
-def test_variables_that_are_meant_for_others_do_no_harm(created: Path, settings: dict[str, str]) -> None:
-    with MakeRun(created, **settings) as run:
-        assert run.ask("1990-05-17") == 204
-
-
-def test_lock_with_anything_in_it_is_a_lock_and_stays(created: Path) -> None:
-    (created / "lock").write_bytes(b"\xff damaged")
-    with MakeRun(created) as run:
-        assert run.ask("1990-05-17") == 204
-    assert (created / "lock").read_bytes() == b"\xff damaged"
+    assert run.ask("1990-05-17") == 204
+    for killed in ("supervisor", "children", "supervisor and children"):
+        left = users_of(created)
+        assert len(left) > 4
+        supervisor = run.supervisor()
+        children = supervisor.children()
+        for process in [supervisor] * ("supervisor" in killed) + children * ("children" in killed):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended with another
+                process.kill()
+        run.process.wait(20)
+        run = MakeRun(created, PORT=run.port)
+        run.wait_serving()
+        assert run.ask() == 200, killed
+        assert set(left) & set(users_of(created)) == set(), killed
+    run.stop()
 
 
 def test_folder_data_without_a_database_is_left_alone(data: Path) -> None:
@@ -333,11 +307,6 @@ def test_postgres_that_does_not_start_is_reported_with_its_own_error(tmp_path: P
     server.stop()
 
 
-# --- As root ----------------------------------------------------------------------------------------
-
-only_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root must start Postgres as another user")
-
-
 @only_root
 def test_root_can_run_postgres_from_a_folder_that_only_root_may_enter(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
@@ -352,9 +321,3 @@ def test_root_can_run_postgres_from_a_folder_that_only_root_may_enter(tmp_path: 
     command: list[str | Path] = [*as_server_user(), initdb, "-D", data, "-U", "postgres", "--no-sync"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-@only_root
-def test_modes_of_the_folders_above_stay(running: MakeRun) -> None:
-    above = list(running.data.parents)[:3]  # pytest made them for their owner only
-    assert [oct(path.stat().st_mode & 0o777) for path in above] == ["0o700"] * 3

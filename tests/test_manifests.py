@@ -16,27 +16,10 @@ import pytest
 
 import hello
 from server import settings
-from tests.support.manifests import (
-    API_POD,
-    DATABASE_POD,
-    EVERYTHING,
-    PLAIN,
-    ROOT,
-    Object,
-    containers,
-    data,
-    database_settings,
-    environment,
-    get,
-    main_container,
-    of_kind,
-    port_numbers,
-    quantity,
-    title,
-    values,
-)
+from tests.support import manifests as k8s
+from tests.support.manifests import API_POD, DATABASE_POD, EVERYTHING, ROOT, Object, get, quantity, title, values
 from tests.support.postgres import Database
-from tests.support.service import Service, body
+from tests.support.service import Service
 
 OLDEST, NEWEST = "1.30", kubernetes_validate.latest_version()
 LABELS = {f"app.kubernetes.io/{name}" for name in ("name", "instance", "version", "component", "part-of", "managed-by")}
@@ -53,7 +36,7 @@ WORKER_MIB = 112  # with unfinished requests of all its clients; resilience/test
 
 kubernetes_validate.utils.schema_contents = functools.cache(kubernetes_validate.utils.schema_contents)
 PODS = {"api": API_POD, "database": DATABASE_POD}
-API_ENVIRONMENT = environment(main_container(API_POD))
+API_ENVIRONMENT = k8s.environment(k8s.main_container(API_POD))
 LONGEST_REQUEST = hello.QUEUE_TIMEOUT + hello.DATABASE_TIMEOUT
 POOL_CONNECTIONS = sum(pool.size for pool in hello.POOLS)
 
@@ -103,6 +86,10 @@ def test_custom_object_fits_its_definition(item: Object) -> None:
     validator(item).validate(item)
 
 
+def test_plain_folder_needs_no_custom_resource_definition() -> None:
+    assert [title(item) for item in k8s.PLAIN if is_custom(item)] == []
+
+
 def test_misspelled_custom_field_is_found() -> None:
     cluster = get("Cluster/hello-ha")
     broken = cluster | {"spec": cluster["spec"] | {"instance": 3}}
@@ -110,18 +97,15 @@ def test_misspelled_custom_field_is_found() -> None:
         validator(cluster).validate(broken)
 
 
-def test_plain_folder_needs_no_custom_resource_definition() -> None:
-    assert [title(item) for item in PLAIN if is_custom(item)] == []
-
-
 @pytest.mark.parametrize("pod", PODS.values(), ids=PODS)
-def test_pod_meets_the_restricted_standard(pod: Object) -> None:
+def test_pod_meets_the_restricted_standard_and_shows_the_last_lines_of_a_failed_container(pod: Object) -> None:
     assert {"hostNetwork", "hostPID", "hostIPC"} & pod["spec"].keys() == set()
     assert pod["spec"]["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
-    for container in containers(pod):
+    for container in k8s.containers(pod):
         assert container["securityContext"]["allowPrivilegeEscalation"] is False
         assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
 
 
 # --- References between objects ---------------------------------------------------------------------
@@ -167,12 +151,12 @@ def test_selector_selects_a_pod_by_labels_that_never_change(item: Object) -> Non
 
 @pytest.mark.parametrize("kind", ["Service", "NetworkPolicy", "PodMonitor"])
 def test_named_port_is_a_port_of_the_selected_pods(kind: str) -> None:
-    for item in of_kind(kind):
+    for item in (item for item in EVERYTHING if item["kind"] == kind):
         spec = item["spec"]
         selector = spec.get("podSelector") or spec["selector"]
         names = {name for name in values(spec, "targetPort", "port") if isinstance(name, str)}
         for pod in selected_pods(selector.get("matchLabels", selector)):
-            assert names <= port_numbers(pod).keys(), title(item)
+            assert names <= k8s.port_numbers(pod).keys(), title(item)
 
 
 @pytest.mark.parametrize("pod", PODS.values(), ids=PODS)
@@ -201,16 +185,11 @@ def test_referenced_object_exists() -> None:
     ids=PODS,
 )
 def test_secret_wins_over_the_development_password(pod: Object, variables: dict[str, str]) -> None:
-    for container in containers(pod):
+    for container in k8s.containers(pod):
         references = {item["name"]: item["valueFrom"]["secretKeyRef"] for item in container["env"]}
         assert {name: reference["key"] for name, reference in references.items()} == variables
         assert {reference["name"] for reference in references.values()} == {"hello-database-password"}
-        assert "for-development-only" in environment(container).values()
-
-
-@pytest.mark.parametrize("pod", PODS.values(), ids=PODS)
-def test_last_lines_of_a_failed_container_are_in_its_status(pod: Object) -> None:
-    assert {container.get("terminationMessagePolicy") for container in containers(pod)} == {"FallbackToLogsOnError"}
+        assert "for-development-only" in k8s.environment(container).values()
 
 
 # --- Settings and numbers that must agree -----------------------------------------------------------
@@ -222,27 +201,24 @@ def number(name: str) -> float:
     return float(API_ENVIRONMENT.get(name) or default)
 
 
-def test_settings_are_those_of_the_service() -> None:
-    assert data("ConfigMap", "hello-api").keys() <= LIBPQ | hello.SETTINGS.keys() | settings.SETTINGS.keys()
-
-
-def test_settings_are_accepted() -> None:
+def test_settings_are_those_of_the_service_and_accepted() -> None:
+    known = LIBPQ | hello.SETTINGS.keys() | settings.SETTINGS.keys()
+    assert k8s.data("ConfigMap", "hello-api").keys() <= known
     command = [sys.executable, "-c", "import hello, server.settings"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | API_ENVIRONMENT, capture_output=True, text=True, check=False
-    )
+    variables = os.environ | API_ENVIRONMENT
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_cluster_sets_what_the_database_sets() -> None:
     sizes = {"shared_buffers", "maintenance_work_mem", "max_wal_size"}
-    expected = {name: value for name, value in database_settings().items() if name not in sizes}
+    expected = {name: value for name, value in k8s.database_settings().items() if name not in sizes}
     parameters = get("Cluster/hello-ha")["spec"]["postgresql"]["parameters"]
     assert {name: value for name, value in parameters.items() if name not in sizes} == expected
 
 
 def test_pod_stops_within_its_grace_period() -> None:
-    delay = main_container(API_POD)["lifecycle"]["preStop"]["sleep"]["seconds"]
+    delay = k8s.main_container(API_POD)["lifecycle"]["preStop"]["sleep"]["seconds"]
     needed = delay + number("GRACEFUL_TIMEOUT") + STOP_MARGIN
     assert needed <= API_POD["spec"]["terminationGracePeriodSeconds"]
     assert number("GRACEFUL_TIMEOUT") >= LONGEST_REQUEST
@@ -253,7 +229,7 @@ def test_init_container_gives_up_before_the_rollout() -> None:
 
 
 def test_limits_of_the_api_fit_its_workers() -> None:
-    limits = main_container(API_POD)["resources"]["limits"]
+    limits = k8s.main_container(API_POD)["resources"]["limits"]
     workers = number("WEB_CONCURRENCY")
     assert workers <= quantity(limits["cpu"])
     assert (MASTER_MIB + WORKER_MIB * workers) * 2**20 <= quantity(limits["memory"])
@@ -267,7 +243,7 @@ def test_connections_of_a_rollout_fit_the_database() -> None:
     most = get("HorizontalPodAutoscaler/hello-api")["spec"]["maxReplicas"]
     # Old pods may still be there when all new ones are; a new pod also runs init-db.
     needed = (2 * most + surge) * number("WEB_CONCURRENCY") * POOL_CONNECTIONS + surge
-    for limit in [database_settings()["max_connections"], *values(get("Cluster/hello-ha"), "max_connections")]:
+    for limit in [k8s.database_settings()["max_connections"], *values(get("Cluster/hello-ha"), "max_connections")]:
         assert needed <= int(limit) - RESERVED_CONNECTIONS
 
 
@@ -277,7 +253,7 @@ def test_memory_of_postgres_fits_its_limit(name: str) -> None:
         spec = get(name)["spec"]
         parameters, resources = {"maintenance_work_mem": "64MB"} | spec["postgresql"]["parameters"], spec["resources"]
     else:
-        parameters, resources = database_settings(), main_container(DATABASE_POD)["resources"]
+        parameters, resources = k8s.database_settings(), k8s.main_container(DATABASE_POD)["resources"]
     most = quantity(parameters["shared_buffers"]) + int(parameters["max_connections"]) * BACKEND_MIB * 2**20
     most += AUTOVACUUM_WORKERS * quantity(parameters["maintenance_work_mem"])
     assert most <= quantity(resources["limits"]["memory"])
@@ -286,10 +262,9 @@ def test_memory_of_postgres_fits_its_limit(name: str) -> None:
 def test_connection_takes_no_more_memory_than_counted(
     postgres: Database, database: dict[str, str], tmp_path: Path
 ) -> None:
-    with Service(tmp_path, database, WEB_CONCURRENCY="1") as service, ThreadPoolExecutor(50) as pool:
-        names = [a + b for a in "abcdefghij" for b in "abcdefghij"] * 3
-        saved = pool.map(lambda name: service.ask("PUT", f"/hello/{name}", body("1990-05-17")).status, names)
-        assert set(saved) == {204}
+    with Service(tmp_path, database, WEB_CONCURRENCY="1") as service, ThreadPoolExecutor(20) as pool:
+        names = [a + b for a in "abcdefghij" for b in "abcdefghij"]
+        assert set(pool.map(lambda name: service.put(name).status, names)) == {204}
         assert set(pool.map(lambda name: service.ask("GET", f"/hello/{name}").status, names)) == {200}
         rows = postgres.query("SELECT pid FROM pg_stat_activity WHERE application_name = %s", service.name)
         pages = [Path(f"/proc/{pid}/smaps_rollup").read_text() for (pid,) in rows]
@@ -302,4 +277,4 @@ def test_wal_leaves_half_of_the_volume() -> None:
     (claim,) = get("StatefulSet/hello-database")["spec"]["volumeClaimTemplates"]
     volume = quantity(claim["spec"]["resources"]["requests"]["storage"])
     # max_wal_size is soft: late checkpoints exceed it by half.
-    assert quantity(database_settings()["max_wal_size"]) * 1.5 < volume / 2
+    assert quantity(k8s.database_settings()["max_wal_size"]) * 1.5 < volume / 2

@@ -97,12 +97,6 @@ def proxy(services: list[Service], tmp_path_factory: pytest.TempPathFactory) -> 
         yield proxy
 
 
-def is_down(proxy: Proxy) -> bool:
-    """Whether HAProxy has no service left: then the answer is its own, which has no request id."""
-    answer = proxy.ask("GET", "/livez")
-    return answer.status == 503 and "X-Request-Id" not in answer.headers
-
-
 # --- Tests ------------------------------------------------------------------------------------------
 
 
@@ -110,15 +104,6 @@ def test_configuration_has_no_warning(proxy: Proxy) -> None:
     done = subprocess.run([HAPROXY, "-c", "-f", proxy.config], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
-
-
-def test_requests_through_the_proxy_reach_the_table_and_every_service(
-    proxy: Proxy, services: list[Service], database: Database
-) -> None:
-    with Load(proxy, database, clients=8) as load:
-        wait_until(lambda: all(database.connections(service.name) for service in services))
-    assert set(load.statuses) <= {200, 204}
-    assert load.statuses[204]
 
 
 def test_database_away_is_the_services_503_for_as_long_as_it_lasts(proxy: Proxy, database: Database) -> None:
@@ -138,24 +123,21 @@ def test_service_stopped_under_load_is_not_noticed(
     proxy: Proxy, services: list[Service], database: Database, tmp_path: Path
 ) -> None:
     with (
-        Service(tmp_path, database.service_environment) as third,
+        Service(tmp_path, database.service_environment, WEB_CONCURRENCY="1") as third,
         Proxy(tmp_path, [*services, third], interval="10s") as wider,  # no check tells it of the stop
         Load(wider, database) as load,
     ):
-        wait_until(lambda: database.connections(third.name))
+        wait_until(lambda: all(database.connections(service.name) for service in [*services, third]))
         third.process.send_signal(signal.SIGTERM)
         third.process.wait()
         load.wait_for_answers(200)
-    assert set(load.statuses) <= {200, 204}
+    assert set(load.statuses) == {200, 204}
     assert load.slowest < 2.5  # `timeout connect` is 1 s; with all retries to the same service it takes 3 s
 
 
 def test_no_service_left_is_503_with_a_message_and_retry_after(tmp_path: Path, database: Database) -> None:
-    with Service(tmp_path, database.service_environment) as only, Proxy(tmp_path, [only]) as proxy:
-        wait_until(lambda: proxy.ask("GET", "/livez").status == 200)
-        only.process.terminate()
-        only.process.wait()
-        wait_until(lambda: is_down(proxy))
+    stopped = Service(tmp_path, database.service_environment)
+    with Proxy(tmp_path, [stopped]) as proxy:
         answer = proxy.ask("GET", "/hello/Zoe")
     assert answer.status == 503
     assert answer.headers["Content-Type"] == "application/json"

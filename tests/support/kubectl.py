@@ -1,8 +1,8 @@
 """A stand-in for kubectl: objects in the folder STATE, and psql of the tests' Postgres for `exec`.
 
 Secrets behave as in the API server: `create` needs a new name, `replace` a Secret of the same type that is mutable.
-With a file STATE/unreachable every call fails, with STATE/read-only every write that is not a dry run. Each `get` of a
-Deployment adds a replica, as the autoscaler does, up to the number in STATE/most.
+With a file STATE/unreachable every call fails. Each `get` of a Deployment adds a replica, as the autoscaler does, up to
+the number in STATE/most.
 """
 
 import json
@@ -22,10 +22,9 @@ def get(kind: str, name: str, *options: str) -> None:
     if "--output=name" in options:
         print(f"{kind}/{name}")
         return
-    item = json.loads(path.read_text())
-    value = item
-    (output,) = (option for option in options if option.startswith("--output=jsonpath="))
-    for key in output.split("{.")[1].rstrip("}").split("."):
+    item = value = json.loads(path.read_text())
+    [keys] = [option.removeprefix("--output=jsonpath={.") for option in options if "jsonpath" in option]
+    for key in keys.rstrip("}").split("."):
         value = value[key]
     print(value, end="")
     if kind == "deployment" and (STATE / "most").exists():
@@ -40,13 +39,11 @@ def write(verb: str, *options: str) -> None:
     item = yaml.safe_load(sys.stdin)
     path = STATE / f"secret-{item['metadata']['name']}.json"
     if path.exists() == (verb == "create"):
-        sys.exit("AlreadyExists" if verb == "create" else "NotFound")
+        sys.exit("AlreadyExists or NotFound")
     old = json.loads(path.read_text()) if path.exists() else {"type": item["type"]}
     if old["type"] != item["type"] or old.get("immutable"):
         sys.exit("field is immutable")
     if "--dry-run=server" not in options:
-        if (STATE / "read-only").exists():
-            sys.exit("the server is currently unable to handle the request")
         path.write_text(json.dumps(item))
 
 

@@ -29,6 +29,16 @@ def make(folder: Path, *arguments: str, **settings: str) -> subprocess.Completed
     )
 
 
+def run(*command: str, folder: Path = ROOT, status: int = 0, **settings: str) -> str:
+    """Return what a command writes; fail with it where its exit status is another."""
+    variables, pipe = environment(**settings), subprocess.PIPE
+    done = subprocess.run(
+        command, cwd=folder, env=variables, check=False, text=True, stdout=pipe, stderr=subprocess.STDOUT
+    )
+    assert done.returncode == status, f"{' '.join(command)}: {done.stdout}"
+    return done.stdout
+
+
 def link_venv(folder: Path) -> Path:
     """Create a virtual environment that is up to date and that make did not make: links to that of the tests."""
     folder.mkdir()

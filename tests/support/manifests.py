@@ -1,7 +1,6 @@
 """The manifests of k8s/ as objects."""
 
 import base64
-import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,6 @@ import yaml
 from tools.k8s_monitoring import objects as monitoring_objects
 
 ROOT = Path(__file__).parents[2]
-K8S = ROOT / "k8s"
 
 Object = dict[str, Any]
 
@@ -22,28 +20,20 @@ def parse(text: str) -> list[Object]:
     return list(yaml.load_all(text, yaml.CSafeLoader))
 
 
-def load(pattern: str) -> list[Object]:
-    """Return the objects in the files of k8s/ that match a pattern."""
-    return [item for path in sorted(K8S.glob(pattern)) for item in parse(path.read_text())]
-
-
 def title(item: Object) -> str:
     """Return kind and name, such as Service/hello-api."""
     return f"{item['kind']}/{item['metadata']['name']}"
 
 
-PLAIN = load("*.yaml")  # `kubectl apply -f k8s/`
-EVERYTHING = load("**/*.yaml") + parse(monitoring_objects())
+# Those of `kubectl apply -f k8s/`
+PLAIN = [item for path in sorted((ROOT / "k8s").glob("*.yaml")) for item in parse(path.read_text())]
+EVERYTHING = [item for path in sorted((ROOT / "k8s").rglob("*.yaml")) for item in parse(path.read_text())]
+EVERYTHING += parse(monitoring_objects())
 
 
 def get(name: str) -> Object:
     """Return an object by its title."""
     return next(item for item in EVERYTHING if title(item) == name)
-
-
-def of_kind(*kinds: str) -> list[Object]:
-    """Return the objects of some kinds."""
-    return [item for item in EVERYTHING if item["kind"] in kinds]
 
 
 def values(item: Any, *keys: str) -> Iterator[Any]:
@@ -85,29 +75,27 @@ def quantity(text: str) -> float:
     return float(match[1]) * {"": 1, "m": 0.001, "K": 2**10, "k": 2**10, "M": 2**20, "G": 2**30}[match[2][:1]]
 
 
-@functools.cache
 def data(kind: str, name: str) -> dict[str, str]:
     """Return what a ConfigMap or Secret of the plain folder holds; nothing if it is made elsewhere."""
-    for item in PLAIN:
-        if title(item) == f"{kind}/{name}":
-            if kind == "Secret":
-                return {key: base64.b64decode(value).decode() for key, value in item["data"].items()}
-            return dict(item["data"])
-    return {}
+    [found] = [item["data"] for item in PLAIN if title(item) == f"{kind}/{name}"] or [{}]
+    if kind == "Secret":
+        return {key: base64.b64decode(value).decode() for key, value in found.items()}
+    return dict(found)
 
 
 def environment(container: Object) -> dict[str, str]:
     """Return a container's environment as the kubelet makes it: of several sources, the last one wins."""
     result: dict[str, str] = {}
     for source in container["envFrom"]:
-        kind, reference = (
-            ("ConfigMap", source["configMapRef"]) if "configMapRef" in source else ("Secret", source["secretRef"])
-        )
-        result |= {source.get("prefix", "") + key: value for key, value in data(kind, reference["name"]).items()}
+        is_secret = "secretRef" in source
+        reference = source["secretRef" if is_secret else "configMapRef"]
+        found = data("Secret" if is_secret else "ConfigMap", reference["name"])
+        result |= {source.get("prefix", "") + key: value for key, value in found.items()}
     for item in container["env"]:
         reference = item["valueFrom"]["secretKeyRef"]
-        if reference["key"] in data("Secret", reference["name"]):
-            result[item["name"]] = data("Secret", reference["name"])[reference["key"]]
+        found = data("Secret", reference["name"])
+        if reference["key"] in found:
+            result[item["name"]] = found[reference["key"]]
     return result
 
 
