@@ -133,7 +133,7 @@ def systems(clone: Path, image: dict[str, Any]) -> Iterator[tuple[System, System
             with_secrets.output = other.result()
             yield plain, with_secrets
         finally:
-            list(side_by_side.map(lambda s: s.compose("down", "--volumes", "--timeout", "1"), (plain, with_secrets)))
+            list(side_by_side.map(lambda s: s.compose("down", "--volumes", "--timeout", "0"), (plain, with_secrets)))
 
 
 @pytest.fixture(scope="module")
@@ -331,25 +331,25 @@ def test_data_of_version_1_move_as_the_page_says(image: dict[str, Any], clone: P
         commands = commands.replace(shown, used)
     commands = commands.replace("--project-name hello ", f"--project-name {old.project} ")
 
-    def in_volume(system: System, command: str) -> str:
-        where = f"{system.project}_data:/data"
-        return run(
-            "docker", "run", "--rm", "--volume", where, "--workdir", "/data", "postgres:18", "sh", "-ec", command
-        )
+    def in_volumes(script: str, **folders: System) -> str:
+        volumes = [f"--volume={system.project}_data:/{name}" for name, system in folders.items()]
+        return run("docker", "run", "--rm", *volumes, "postgres:18", "sh", "-ec", script)
 
-    everything = "find . -printf '%p %u:%g %m\\n' | sort; cat 18/docker/kept"
     try:
         old.compose("create", "database")
-        in_volume(old, "mkdir -p 18/docker; echo old > 18/docker/kept; chmod 700 18/docker; chown -R postgres 18")
+        script = "cd old; mkdir -p 18/docker; echo old > 18/docker/kept; chmod 700 18/docker; chown -R postgres 18"
+        in_volumes(script, old=old)
         run("bash", "-ec", commands, folder=clone, COMPOSE_PROJECT_NAME=new.project)
         assert old.compose("ps", "--all", "--quiet") == ""
-        assert in_volume(new, everything) == in_volume(old, everything)
-        in_volume(new, "echo new > 18/docker/kept")
+        everything = "find . -printf '%p %u:%g %m\\n' | sort; cat 18/docker/kept"
+        script = f"cd /old; {everything}; cd /new; echo --; {everything}; echo new > 18/docker/kept"
+        copied, _, copy = in_volumes(script, old=old, new=new).partition("--\n")
+        assert copied == copy
         run("bash", "-ec", commands, folder=clone, status=1, COMPOSE_PROJECT_NAME=new.project)
-        assert in_volume(new, "cat 18/docker/kept") == "new\n"
+        assert in_volumes("cat new/18/docker/kept", new=new) == "new\n"
     finally:
         for system in (old, new):
-            system.compose("down", "--volumes", "--timeout", "1")
+            system.compose("down", "--volumes", "--timeout", "0")
 
 
 # --- The composed system with secrets ---------------------------------------------------------------

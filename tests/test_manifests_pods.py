@@ -111,10 +111,10 @@ class Pods:
     def compose(self, *arguments: str, status: int = 0) -> str:
         return run("docker", "compose", f"--file={self.file}", f"--project-name={PROJECT}", *arguments, status=status)
 
-    def start(self) -> None:
-        """Start what does not run, and wait until it is ready."""
+    def start(self, *arguments: str) -> None:
+        """Start pods, and wait until they are ready."""
         set_volume_group()
-        self.compose("up", "--detach", "--wait")
+        self.compose("up", "--detach", "--wait", *arguments)
 
     def stop(self, name: str) -> str:
         """Stop a container as the kubelet does after preStop; return its exit status."""
@@ -142,7 +142,7 @@ def pods(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pods]:
         pods.start()
         yield pods
     finally:
-        pods.compose("down", "--timeout=1")
+        pods.compose("down", "--timeout=0")
         run("docker", "volume", "rm", PROJECT)
         run("docker", "image", "rm", "--force", IMAGE)
 
@@ -191,17 +191,17 @@ def test_pod_stays_ready_without_its_database_and_answers_503(pods: Pods) -> Non
     assert pods.ask("GET", "/hello/Ada").status == 503
     assert pods.ask("GET", "/readyz").status == 503
     pods.compose("rm", "--force", "hello-database")
-    pods.start()
+    pods.start("--no-deps", "hello-database")
     assert pods.psql("SELECT date_of_birth FROM users WHERE username = 'Ada'") == "1815-12-10"
     wait_until(lambda: pods.ask("GET", "/hello/Ada").status == 200)
 
 
 def test_api_stops_gracefully(pods: Pods) -> None:
     assert pods.stop("hello-api") == "0"
-    pods.start()
+    pods.start("--no-deps", "hello-api")
 
 
 def test_wrong_password_never_gets_past_the_init_container(pods: Pods) -> None:
-    settings = ["--env=PGPASSWORD=wrong", "--env=INIT_TIMEOUT=2"]
+    settings = ["--env=PGPASSWORD=wrong", "--env=INIT_TIMEOUT=0.5"]
     output = pods.compose("run", "--rm", "--no-deps", *settings, "init-db", status=1)
     assert "password authentication failed" in output
