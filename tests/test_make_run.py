@@ -172,9 +172,9 @@ def test_service_listens_on_loopback_only(running: MakeRun) -> None:
 
 
 def test_hangup_under_nohup_does_nothing(running: MakeRun) -> None:
-    running.send(signal.SIGHUP)
     mask = re.findall(r"SigIgn:\t(\w+)", Path(f"/proc/{running.supervisor().pid}/status").read_text())[0]
     assert int(mask, 16) >> (signal.SIGHUP - 1) & 1, "it does not ignore the signal"
+    running.send(signal.SIGHUP)
     assert running.ask("1990-05-17") == 204
 
 

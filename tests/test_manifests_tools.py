@@ -93,6 +93,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
     server.start()
     (server.folder / "pg_hba.conf").write_text("local all postgres trust\nlocal all hello scram-sha-256\n")
     server.restart()
+    server.query(f"ALTER ROLE postgres PASSWORD '{DEVELOPMENT_PASSWORD}'")  # as the image does
     script = data("ConfigMap", "hello-database")["role.sql"]
     environment = os.environ | server.environment | {"POSTGRES_PASSWORD": DEVELOPMENT_PASSWORD}
     command = [str(binaries() / "psql"), "--quiet", "--no-psqlrc", "--set=ON_ERROR_STOP=1"]
