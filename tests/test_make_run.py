@@ -241,12 +241,11 @@ def test_next_start_serves_after_processes_were_killed(created: Path) -> None:
     run = MakeRun(created)
     run.wait_serving()
     assert run.ask("1990-05-17") == 204
-    for killed in ("supervisor", "children", "supervisor and children"):
+    for killed in ("supervisor", "children", "both"):
         left = users_of(created)
         assert len(left) > 4
-        supervisor = run.supervisor()
-        children = supervisor.children()
-        for process in [supervisor] * ("supervisor" in killed) + children * ("children" in killed):
+        supervisor, children = run.supervisor(), run.supervisor().children()
+        for process in {"supervisor": [supervisor], "children": children, "both": [supervisor, *children]}[killed]:
             with contextlib.suppress(psutil.NoSuchProcess):  # it ended with another
                 process.kill()
         run.process.wait(20)
