@@ -18,6 +18,7 @@ from tests.support.wait import wait_until
 
 PROJECT = f"hello-k8s-test{os.getpid()}"
 IMAGE = f"hello:{PROJECT}"
+HEALTH: Object = {"interval": "1s", "retries": 120}
 PODS = {"hello-database": DATABASE_POD, "hello-api": API_POD}
 
 needed = "timeout 20 docker compose ls && docker image inspect postgres:18"
@@ -93,7 +94,7 @@ class Pods:
         [init_db] = API_POD["spec"]["initContainers"]
         services = {
             "hello-database": service(
-                DATABASE_POD, main_container(DATABASE_POD), folder, healthcheck={"test": startup, "interval": "1s"}
+                DATABASE_POD, main_container(DATABASE_POD), folder, healthcheck={"test": startup} | HEALTH
             ),
             "init-db": service(API_POD, init_db, folder, depends_on=database_is_up),
             "hello-api": service(
@@ -101,7 +102,7 @@ class Pods:
                 main_container(API_POD),
                 folder,
                 depends_on=init_db_is_done,
-                healthcheck={"interval": "1s"},
+                healthcheck=HEALTH,
                 ports=[f"127.0.0.1:{self.port}:8080"],
             ),
         }
