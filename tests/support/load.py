@@ -123,7 +123,10 @@ class Client(threading.Thread):
             self.defects.append(f"GET was answered {response.status} {response.message!r}, stored can be {possible}")
 
     def ask(self, method: str, user: str, content: bytes | None = None) -> Response:
-        """Ask, and once more where a kept connection turns out to be closed, as HTTP clients do."""
+        """Ask, and once more if the connection turns out to be closed, as HTTP clients do.
+
+        A new connection may be reset only if the next one is refused: it came while the service closed its socket.
+        """
         self.sent += 1
         if self.load.is_fresh:
             self.connection.close()
@@ -135,10 +138,10 @@ class Client(threading.Thread):
             raise
         except ConnectionError:
             self.connection.close()
-            if not is_reused:
-                raise
-            self.retried += 1
             response = self.connection.ask(method, f"/hello/{user}", content)
+            self.retried += 1
+            if not is_reused:
+                self.defects.append("a new connection was reset")
         moment = time.monotonic()
         self.answers.append(Answer(moment, response.status, moment - start))
         return response
