@@ -9,6 +9,9 @@ PUT /hello/<username> with {"dateOfBirth": "YYYY-MM-DD"} saves or replaces it an
 answers {"message": "Hello, <username>! Your birthday is in N day(s)"}. ROUTES lists all paths; HEAD and OPTIONS work on
 each. Every error is {"message": "<what is wrong and what would be right>"}.
 
+A server runs it in several processes, each with threads or greenlets. Each has its own connections and batches. What
+waits or sleeps here lets the other requests of the process run.
+
 Settings are the environment variables below, HOST and PORT (in serve), and those of libpq (PGHOST, PGUSER, ...).
 """
 
@@ -109,7 +112,7 @@ STATEMENT_TIMEOUT = number("STATEMENT_TIMEOUT", 1.0, "seconds", 0.001, "Time Pos
 # can still wait for 3/4 of QUEUE_TIMEOUT.
 JOIN_SECONDS = QUEUE_TIMEOUT / 4
 # A batch with one locked row waits twice, as a whole and for the row. By default both together are shorter than
-# JOIN_SECONDS, so that the requests of the next batch are still answered in time.
+# JOIN_SECONDS. So all requests that arrive meanwhile fit into one waiting batch, and are answered in time.
 LOCK_TIMEOUT = number("LOCK_TIMEOUT", 0.15, "seconds", 0.001, "Time a write may wait for a lock of another transaction")
 DATABASE_TIMEOUT = number("DATABASE_TIMEOUT", 3.0, "seconds", 0.001, "Time for connecting and for a statement together")
 INIT_TIMEOUT = number("INIT_TIMEOUT", 60.0, "seconds", 0.001, "Time `python hello.py init-db` waits for the database")
@@ -190,7 +193,7 @@ READ = """
 # So COMMIT is a message of its own, sent after Postgres has answered WRITE in time.
 # The COMMIT may be late too. Until it arrives, or idle_in_transaction_session_timeout ends the transaction, the rows
 # are locked: nobody saves a newer date in between.
-# COMMIT waits for a synchronous standby. If that wait is cancelled, it warns (client_min_messages).
+# COMMIT waits for a synchronous standby. If somebody cancels the wait, it succeeds and warns (client_min_messages).
 WRITE = """
     BEGIN;
     SET LOCAL statement_timeout = %s;
@@ -201,7 +204,7 @@ WRITE = """
 """
 COMMIT = "COMMIT"
 ROLLBACK = "ROLLBACK"
-# The start time, in microseconds, identifies the server. The count is of the role's commits that wait for a standby
+# The start time, with microseconds, identifies the server. The count is of the role's commits that wait for a standby
 # (SyncRep) for more than %s seconds.
 ABOUT_SERVER = """
     SELECT extract(epoch FROM pg_postmaster_start_time())::text,
@@ -459,16 +462,16 @@ def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iter
 
 # --- Postgres: what can go wrong --------------------------------------------------------------------
 # What a PUT is promised:
-# - 204: Postgres has committed the row, and the synchronous standby has it if there is one.
+# - 204: Postgres has committed the row, or a newer one of the same batch; the synchronous standby, if any, has it.
 # - 503: the row is not committed, and never will be. There are two exceptions:
 #     UnconfirmedWrite: it is committed, on one server alone.
-#     LostCommit: it may be committed, because the COMMIT may still be on its way. The 503 is sent when Postgres can no
-#     longer begin to commit. A commit that has begun may wait for the standby; then the row becomes visible.
+#     LostCommit, or the WSGI server has killed a request during its COMMIT: it may be committed. The 503 is sent when
+#     Postgres can no longer begin to commit. A commit that waits for a standby then becomes visible after the 503.
 # - Order: a PUT that got 503 never overwrites a later one that got 204. Nothing that may have been committed is sent
 #   again, and a transaction that waits for its COMMIT keeps its rows locked.
 #
-# The name of an error's class is its label in the metrics. The first five are OperationalErrors: no batch is run row by
-# row because of them, and init-db tries again.
+# The name of an error's class is its label in the metrics. The first five are in neither ROW_ERRORS nor LASTING_ERRORS:
+# no batch is run row by row after them, and init-db tries again.
 
 
 class HostNotFound(psycopg2.OperationalError):
@@ -668,17 +671,16 @@ class Connection:
         """Wait until Postgres has answered; after a TimeoutError the connection is closed.
 
         Args:
-            is_sent: nothing is left to send.
+            is_sent: nothing is left to send, so wait for the socket before the first poll. This lets other requests run
+                even if the answer is already there. Under gevent, batches would stay small otherwise.
         """
         try:
-            # With POLL_READ this waits at least once, even if the answer is already there: under gevent, other requests
-            # run meanwhile, and join the next batch.
             state = extensions.POLL_READ if is_sent else self.psycopg.poll()
             while state != extensions.POLL_OK:
                 self.wait_for_socket(state, deadline)
                 state = self.psycopg.poll()
         except psycopg2.Error:
-            raise  # psycopg2 has closed the connection if it is lost
+            raise  # the connection is as psycopg2 leaves it
         except TimeoutError:
             self.close_and_try_last()  # at once: Postgres ends the transaction when it notices
             raise
@@ -739,7 +741,8 @@ class Connection:
         info = self.psycopg.info
         host_and_port = (info.host, str(info.port))
         self.close()
-        # psycopg2 tells the host, and not which of its addresses: so the first one, which then moves to the end.
+        # psycopg2 tells the host, and not which of its addresses failed. So take the first: it moves to the end, and
+        # further failures take the next ones.
         for address in self.addresses:
             if (address.host, address.port or DEFAULT_PORT) == host_and_port:
                 failed_at[address] = monotonic()
@@ -747,7 +750,7 @@ class Connection:
 
 
 class TrialConnection(Connection):
-    """A connection on which `write` ends with a rollback, and so waits for no standby; `execute` is as usual."""
+    """A connection for the trial of init-db: `write` ends with a rollback, and so waits for no standby."""
 
     end_of_write = ROLLBACK
 
@@ -768,8 +771,10 @@ def connection_options(addresses: list[Address]) -> dict[str, Any]:
         options["host"] = ",".join([address.host for address in addresses])
         options["hostaddr"] = ",".join([address.hostaddr for address in addresses])
         options["port"] = ",".join([address.port for address in addresses])
-    hosts = os.environ.get("PGHOSTADDR") or os.environ.get("PGHOST", "")
-    if "," in hosts and not os.environ.get("PGTARGETSESSIONATTRS"):
+    hosts = os.environ.get("PGHOST", "")
+    hostaddrs = os.environ.get("PGHOSTADDR", "")
+    are_several = "," in (hostaddrs or hosts)
+    if are_several and not os.environ.get("PGTARGETSESSIONATTRS"):
         options["target_session_attrs"] = "read-write"  # only one of several hosts is the primary
     return options
 
@@ -780,7 +785,7 @@ def milliseconds(seconds: float) -> int:
 
 
 def connect(deadline: float) -> Connection:
-    """Open a connection; after a TimeoutError try again while there is time.
+    """Open a connection; after a TimeoutError try again while there is time for a whole attempt.
 
     The address that did not answer then comes last (close_and_try_last). After one that refuses, libpq itself tries the
     next one.
@@ -796,9 +801,10 @@ def connect(deadline: float) -> Connection:
 class LastWrites:
     """Tells which connections may lead to an old server: after a failover it still answers, with old rows.
 
-    A write shows that its server was the primary while it ran. A connection to another server is replaced if it was
-    opened before the process' first write to this primary, or before its last write began, which is at most
-    DATABASE_TIMEOUT ago. One that was opened later is kept: its server may have become the primary since.
+    Only a write shows which server is the primary. So a connection to another server than that of the last write is
+    replaced if it was opened before the first write to that server. The new one can lead to the old server again, or to
+    the primary after a further failover. So it is kept for a while, and replaced when it is DATABASE_TIMEOUT older than
+    the last write.
     """
 
     def __init__(self) -> None:
@@ -823,6 +829,10 @@ last_writes = LastWrites()
 
 
 # --- Postgres: statements ---------------------------------------------------------------------------
+# A batch waits for a slot (QUEUE_TIMEOUT). Then all of this must end before its deadline, after DATABASE_TIMEOUT:
+# - connecting, if necessary: CONNECT_TIMEOUT an attempt,
+# - the statement: STATEMENT_TIMEOUT in Postgres, LOCK_TIMEOUT of it for a lock,
+# - COMMIT. If it is not answered by then, the 503 waits until `final_at`.
 ByUser = dict[str, Any]  # a value for each username
 
 
@@ -855,7 +865,8 @@ def write(
     check_standby(connection, deadline)
     idle_limit = deadline - monotonic()
     rows = begin_write(connection, statement, parameters, deadline, idle_limit)
-    # Postgres counts idle time from its answer, which is already here. So it ends the transaction before `final_at`.
+    # Postgres counts idle time from its answer, which is already here. So it ends the transaction before `final_at`,
+    # which is later than the deadline.
     final_at = monotonic() + idle_limit
     commit(connection, deadline, final_at)
     last_writes.note(connection.server_id)
@@ -868,12 +879,12 @@ def check_standby(connection: Connection, deadline: float) -> None:
     No timeout of Postgres ends such a wait, and neither does closing the connection. So each further write would leave
     one more session.
     """
-    if connection.stuck_commits:  # perhaps no longer
+    if connection.stuck_commits:  # when it was opened
         connection.ask_about_server(deadline)
     if connection.stuck_commits:
         connection.close_and_try_last()  # another server may have been promoted
         pause = min(CONNECT_TIMEOUT, deadline - monotonic())
-        sleep(max(0, pause))  # the next write opens a connection: not more often than this
+        sleep(max(0, pause))  # the next write opens a connection, and does not do so more often
         raise StandbyMissing("earlier writes still wait for a synchronous standby")
 
 
@@ -1120,7 +1131,7 @@ class Batcher:
             batch.done.set()
 
     def linger(self) -> None:
-        """Keep the slot while the clients that were just answered send their next requests, which join a batch."""
+        """Let the requests that were just answered run: the next ones of their clients join the batch that waits."""
         if self.waiting:
             sleep(YIELD_SECONDS)
 
@@ -1166,7 +1177,7 @@ class Batcher:
             self.observe(self.name, requests, monotonic() - start, error)
             raise
         except BaseException:  # a bug, or the WSGI server kills this request, perhaps during a COMMIT
-            batch.final_at = monotonic() + DATABASE_TIMEOUT  # the idle limit of its transaction is shorter
+            batch.final_at = monotonic() + DATABASE_TIMEOUT  # until when its transaction may be idle
             raise
         batch.results.update(results)
         self.observe(self.name, requests, monotonic() - start, None)
