@@ -16,8 +16,7 @@ from server.logs import LOG, AnsweredRequest, log_requests
 UNMATCHED = "unmatched"  # the route of an unknown path
 
 REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,128}")
-# W3C Trace Context, section 3.2: version ff and ids of zeros are invalid, and only later versions may say more.
-# Version 00 has 55 characters, and nothing after them.
+# W3C Trace Context, section 3.2: ids of zeros and version ff are invalid; only versions after 00 may be longer.
 TRACEPARENT = re.compile(
     "(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})(?P<trace_id>[0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
 )
@@ -73,10 +72,7 @@ class Outage:
 
 
 class Telemetry:
-    """The counts and log lines of a worker's requests and statements.
-
-    A request only leaves a note. The worker counts and logs its notes together, which takes a fraction of the time.
-    """
+    """Counts and logs a worker's statements, and its requests: these together, which takes a fraction of the time."""
 
     def __init__(self, service: ModuleType, shared: metrics.SharedMetrics) -> None:
         self.shared = shared
@@ -97,8 +93,7 @@ class Telemetry:
         route = environ.get("hello.route", UNMATCHED)
         request_id = request_id_of(environ)
         trace_id = trace_id_of(environ)
-        now = time.time()
-        self.answered.append(AnsweredRequest(now, method, route, status, seconds, size, request_id, trace_id))
+        self.answered.append(AnsweredRequest(time.time(), method, route, status, seconds, size, request_id, trace_id))
         if status == "503":
             self.outage.unavailable += 1
         return request_id
