@@ -9,7 +9,7 @@ PUT /hello/<username> with {"dateOfBirth": "YYYY-MM-DD"} saves or replaces it an
 answers {"message": "Hello, <username>! Your birthday is in N day(s)"}. ROUTES lists all paths; HEAD and OPTIONS work on
 each. Every error is {"message": "<what is wrong and what would be right>"}.
 
-A server runs it in several processes, each with threads or greenlets. Each has its own connections and batches. What
+A server runs it in several processes, with threads or greenlets. Each process has its own connections and batches. What
 waits or sleeps here lets the other requests of the process run.
 
 Settings are the environment variables below, HOST and PORT (in serve), and those of libpq (PGHOST, PGUSER, ...).
@@ -111,8 +111,9 @@ STATEMENT_TIMEOUT = number("STATEMENT_TIMEOUT", 1.0, "seconds", 0.001, "Time Pos
 # A batch is the requests that share one statement (Batcher). It takes new requests for this time, so that the last one
 # can still wait for 3/4 of QUEUE_TIMEOUT.
 JOIN_SECONDS = QUEUE_TIMEOUT / 4
-# A batch with one locked row waits twice, as a whole and for the row. By default both together are shorter than
-# JOIN_SECONDS. So all requests that arrive meanwhile fit into one waiting batch, and are answered in time.
+# Less than STATEMENT_TIMEOUT, or no write ends with LockNotAvailable. A batch with one locked row waits for it twice:
+# its statement fails, and then each row has one of its own. By default both waits are shorter than JOIN_SECONDS: up to
+# BATCH_SIZE requests that arrive meanwhile share the next batch, and are answered in time.
 LOCK_TIMEOUT = number("LOCK_TIMEOUT", 0.15, "seconds", 0.001, "Time a write may wait for a lock of another transaction")
 DATABASE_TIMEOUT = number("DATABASE_TIMEOUT", 3.0, "seconds", 0.001, "Time for connecting and for a statement together")
 INIT_TIMEOUT = number("INIT_TIMEOUT", 60.0, "seconds", 0.001, "Time `python hello.py init-db` waits for the database")
@@ -470,8 +471,7 @@ def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iter
 # - Order: a PUT that got 503 never overwrites a later one that got 204. Nothing that may have been committed is sent
 #   again, and a transaction that waits for its COMMIT keeps its rows locked.
 #
-# The name of an error's class is its label in the metrics. The first five are in neither ROW_ERRORS nor LASTING_ERRORS:
-# no batch is run row by row after them, and init-db tries again.
+# The name of an error's class is its label in the metrics.
 
 
 class HostNotFound(psycopg2.OperationalError):
@@ -511,7 +511,7 @@ ROW_ERRORS = (
     errors.ConnectionFailure,
     errors.LockNotAvailable,
 )
-# init-db does not try again after these.
+# init-db does not try again after these. HostNotFound to StandbyMissing are in neither list.
 LASTING_ERRORS = (
     psycopg2.DataError,
     psycopg2.IntegrityError,
@@ -520,19 +520,20 @@ LASTING_ERRORS = (
 )
 
 
+# After an error, the session
+# - goes on: Postgres has answered with an ERROR (session_goes_on),
+# - was ended by Postgres: the error is FATAL. Connection.is_open finds it closed, or
+# - is lost: libpq or PgBouncer says so (is_lost).
 def is_lost(error: psycopg2.Error) -> bool:
-    """Return whether libpq or PgBouncer says that the connection is lost.
-
-    After a FATAL error of Postgres itself, Connection.is_open finds that the connection is closed.
-    """
-    if error.pgcode is None:  # libpq's; a ProgrammingError is a mistake in this module
+    """Return whether libpq or PgBouncer says that the connection is lost."""
+    if error.pgcode is None:  # libpq's; a ProgrammingError is psycopg2's own
         return not isinstance(error, psycopg2.ProgrammingError)
     # PgBouncer's. Citus reports a node that it has lost with class 08 too, but as an ERROR.
     return error.pgcode.startswith("08") and error.diag.severity_nonlocalized == "FATAL"
 
 
 def session_goes_on(error: Exception) -> bool:
-    """Return whether Postgres has answered with an ERROR; FATAL ends the session, and a lost one has no severity."""
+    """Return whether Postgres has answered with an ERROR."""
     return isinstance(error, psycopg2.Error) and error.diag.severity_nonlocalized == "ERROR"
 
 
@@ -650,7 +651,7 @@ class Connection:
         stuck_commits: how many commits of the role waited too long for a standby when ask_about_server was last called.
     """
 
-    end_of_write = COMMIT
+    end_of_write = COMMIT  # init-db's trial has another
 
     def __init__(self, deadline: float) -> None:
         """Connect with libpq's settings; raise TimeoutError or psycopg2.Error."""
@@ -680,9 +681,9 @@ class Connection:
                 self.wait_for_socket(state, deadline)
                 state = self.psycopg.poll()
         except psycopg2.Error:
-            raise  # the connection is as psycopg2 leaves it
+            raise  # `execute` closes the connection if it is lost
         except TimeoutError:
-            self.close_and_try_last()  # at once: Postgres ends the transaction when it notices
+            self.close_and_try_last()  # Postgres rolls back when it notices
             raise
         except BaseException:  # the WSGI server kills this request
             self.close()
@@ -801,10 +802,10 @@ def connect(deadline: float) -> Connection:
 class LastWrites:
     """Tells which connections may lead to an old server: after a failover it still answers, with old rows.
 
-    Only a write shows which server is the primary. So a connection to another server than that of the last write is
-    replaced if it was opened before the first write to that server. The new one can lead to the old server again, or to
-    the primary after a further failover. So it is kept for a while, and replaced when it is DATABASE_TIMEOUT older than
-    the last write.
+    Only a write shows which server is the primary. A connection to another server than that of the last write
+    1. is replaced if it was opened before the first write to that server: it may be from before the failover;
+    2. if it was opened later, is replaced when it is DATABASE_TIMEOUT older than the last write: a name may have led to
+       the old server again. It is not replaced at once, because there may have been another failover.
     """
 
     def __init__(self) -> None:
@@ -816,7 +817,7 @@ class LastWrites:
         now = monotonic()
         if server_id != self.server_id:
             self.server_id = server_id
-            self.replace_if_opened_before = now
+            self.replace_if_opened_before = now  # rule 1, then rule 2
         self.replace_if_opened_before = max(self.replace_if_opened_before, now - DATABASE_TIMEOUT)
 
     def must_replace(self, connection: Connection) -> bool:
@@ -829,7 +830,7 @@ last_writes = LastWrites()
 
 
 # --- Postgres: statements ---------------------------------------------------------------------------
-# A batch waits for a slot (QUEUE_TIMEOUT). Then all of this must end before its deadline, after DATABASE_TIMEOUT:
+# A batch waits for a slot (QUEUE_TIMEOUT). Its deadline is DATABASE_TIMEOUT after it got one. Until then it must end
 # - connecting, if necessary: CONNECT_TIMEOUT an attempt,
 # - the statement: STATEMENT_TIMEOUT in Postgres, LOCK_TIMEOUT of it for a lock,
 # - COMMIT. If it is not answered by then, the 503 waits until `final_at`.
@@ -1022,7 +1023,7 @@ class Batch:
         self.rows: ByUser = {}
         self.results: ByUser = {}  # a result may be None; a user without one gets 503
         self.has_bug = False  # then 500
-        self.final_at = 0.0  # monotonic seconds; a 503 waits until then, because a lost COMMIT may still reach Postgres
+        self.final_at = 0.0  # monotonic seconds; a 503 waits until then, because a COMMIT may still reach Postgres
         self.done = threading.Event()
 
 
@@ -1149,7 +1150,7 @@ class Batcher:
     def run_row_by_row(self, slot: Slot, batch: Batch, deadline: float) -> None:
         """Run the statement for each row of a batch, while Postgres answers in time."""
         for username, value in batch.rows.items():
-            if monotonic() > deadline - 2 * LOCK_TIMEOUT:  # Postgres must answer before the deadline
+            if monotonic() > deadline - 2 * LOCK_TIMEOUT:  # the row may be locked, and then there is a COMMIT
                 return
             try:
                 self.run_rows(slot, batch, {username: value}, 1, deadline)
@@ -1176,8 +1177,8 @@ class Batcher:
                 batch.final_at = error.final_at
             self.observe(self.name, requests, monotonic() - start, error)
             raise
-        except BaseException:  # a bug, or the WSGI server kills this request, perhaps during a COMMIT
-            batch.final_at = monotonic() + DATABASE_TIMEOUT  # until when its transaction may be idle
+        except BaseException:  # the WSGI server kills this request, perhaps during a COMMIT; or it is a bug, and 500
+            batch.final_at = monotonic() + DATABASE_TIMEOUT  # its transaction may be idle until then at most
             raise
         batch.results.update(results)
         self.observe(self.name, requests, monotonic() - start, None)
