@@ -12,7 +12,7 @@ class Listener(StreamServer):
     @property
     def max_accept(self) -> int:  # type: ignore[override]
         """The number of connections to accept in a turn of the event loop: few while few are open, to share a burst."""
-        return 1 + len(self.pool or ()) // 16
+        return 1 + len(self.pool or ()) // 8
 
     def close(self) -> None:
         """Serve all connections in the accept queue, then close: the last worker to close resets those in it."""
