@@ -645,13 +645,16 @@ SENT_AT_ONCE = 8192  # bytes; psycopg2 sends a shorter statement before `execute
 class Connection:
     """A connection to Postgres whose waits all end at a deadline, in monotonic seconds.
 
+    After a TimeoutError, a LostConnection, or if the WSGI server kills the request, it is closed. After another error
+    it is left as it is; is_open finds out.
+
     Attributes:
         opened: when it began to be opened, in monotonic seconds.
         server_id: which server it led to when it was opened. Behind a pooler it may lead to another one later.
         stuck_commits: how many commits of the role waited too long for a standby when ask_about_server was last called.
     """
 
-    end_of_write = COMMIT  # init-db's trial has another
+    end_of_write = COMMIT  # see TrialConnection
 
     def __init__(self, deadline: float) -> None:
         """Connect with libpq's settings; raise TimeoutError or psycopg2.Error."""
@@ -681,7 +684,7 @@ class Connection:
                 self.wait_for_socket(state, deadline)
                 state = self.psycopg.poll()
         except psycopg2.Error:
-            raise  # `execute` closes the connection if it is lost
+            raise
         except TimeoutError:
             self.close_and_try_last()  # Postgres rolls back when it notices
             raise
@@ -756,7 +759,7 @@ class TrialConnection(Connection):
     end_of_write = ROLLBACK
 
     def ask_about_server(self, deadline: float) -> None:
-        """Set `server_id` and `stuck_commits` without asking."""
+        """Set `server_id` and `stuck_commits` without asking: nothing is committed, so they do not matter."""
         self.server_id = ""
         self.stuck_commits = 0
 
@@ -802,10 +805,11 @@ def connect(deadline: float) -> Connection:
 class LastWrites:
     """Tells which connections may lead to an old server: after a failover it still answers, with old rows.
 
-    Only a write shows which server is the primary. A connection to another server than that of the last write
-    1. is replaced if it was opened before the first write to that server: it may be from before the failover;
-    2. if it was opened later, is replaced when it is DATABASE_TIMEOUT older than the last write: a name may have led to
-       the old server again. It is not replaced at once, because there may have been another failover.
+    Only a write shows which server is the primary. So a connection is suspect if its server is not that of the last
+    write.
+    1. It was opened before the first write to that server: it may be from before the failover. It is replaced.
+    2. It was opened later: a name may have led to the old server again, or there was another failover. It is kept; if
+       writes to the other server still succeed DATABASE_TIMEOUT after it was opened, it is replaced.
     """
 
     def __init__(self) -> None:
@@ -817,8 +821,8 @@ class LastWrites:
         now = monotonic()
         if server_id != self.server_id:
             self.server_id = server_id
-            self.replace_if_opened_before = now  # rule 1, then rule 2
-        self.replace_if_opened_before = max(self.replace_if_opened_before, now - DATABASE_TIMEOUT)
+            self.replace_if_opened_before = now  # 1.
+        self.replace_if_opened_before = max(self.replace_if_opened_before, now - DATABASE_TIMEOUT)  # 2.
 
     def must_replace(self, connection: Connection) -> bool:
         """Return whether a connection may lead to an old server."""
@@ -885,7 +889,7 @@ def check_standby(connection: Connection, deadline: float) -> None:
     if connection.stuck_commits:
         connection.close_and_try_last()  # another server may have been promoted
         pause = min(CONNECT_TIMEOUT, deadline - monotonic())
-        sleep(max(0, pause))  # the next write opens a connection, and does not do so more often
+        sleep(max(0, pause))  # so that writes do not open one connection after the other
         raise StandbyMissing("earlier writes still wait for a synchronous standby")
 
 
@@ -1064,7 +1068,7 @@ class Batcher:
         self.pool = pool
         self.observe: Observer = log_failure
         self.lock = threading.Lock()
-        self.waiting: list[Batch] = []  # for a connection; requests join the last one
+        self.waiting: list[Batch] = []  # for a connection; requests join only the last one
 
     def __call__(self, username: str, value: Any = None) -> Any:
         """Return the operation's result for a user; raise Unavailable."""
@@ -1103,8 +1107,8 @@ class Batcher:
         self.waiting.append(batch)
         return batch
 
-    def stop_joining(self, batch: Batch) -> None:
-        """Let no more requests join a batch."""
+    def stop_waiting(self, batch: Batch) -> None:
+        """Remove a batch from those that wait: no more requests join it."""
         with self.lock:
             if batch in self.waiting:
                 self.waiting.remove(batch)
@@ -1118,7 +1122,7 @@ class Batcher:
         """Run a batch on the next idle connection, and wake its requests."""
         try:
             with self.pool.slot(QUEUE_TIMEOUT) as slot:
-                self.stop_joining(batch)
+                self.stop_waiting(batch)
                 self.run(slot, batch)
                 batch.done.set()  # its requests are answered while this lingers
                 self.linger()
@@ -1128,7 +1132,7 @@ class Batcher:
             log_bug(error)
             batch.has_bug = True
         finally:  # also after PoolTimeout, or if this request is killed
-            self.stop_joining(batch)
+            self.stop_waiting(batch)
             batch.done.set()
 
     def linger(self) -> None:
@@ -1177,8 +1181,9 @@ class Batcher:
                 batch.final_at = error.final_at
             self.observe(self.name, requests, monotonic() - start, error)
             raise
-        except BaseException:  # the WSGI server kills this request, perhaps during a COMMIT; or it is a bug, and 500
-            batch.final_at = monotonic() + DATABASE_TIMEOUT  # its transaction may be idle until then at most
+        except BaseException:  # a bug, which is a 500, or the WSGI server kills this request
+            # A COMMIT may be under way. The others of the batch wait until Postgres has ended the transaction.
+            batch.final_at = monotonic() + DATABASE_TIMEOUT
             raise
         batch.results.update(results)
         self.observe(self.name, requests, monotonic() - start, None)

@@ -72,13 +72,13 @@ def watch_pools(service: ModuleType) -> None:
         POOL_WAITING.labels(batcher.name).set_function(batcher.waiting_requests)
 
 
-def start_at_zero(user_route: str) -> None:
+def start_at_zero(service: ModuleType) -> None:
     """Create the series of the alerts at 0: rate() ignores a series' first value."""
-    requests = [("GET", user_route, status) for status in ("200", "400", "404", "500", "503")]
-    requests += [("PUT", user_route, status) for status in ("204", "400", "500", "503")]
-    requests += [("GET", "/readyz", status) for status in ("200", "500", "503")]
-    for labels in requests:
-        DURATIONS.labels(*labels)
+    for method in service.ROUTES[service.USER_ROUTE]:
+        for status in ("200" if method == "GET" else "204", "400", "404", "500", "503"):
+            DURATIONS.labels(method, service.USER_ROUTE, status)
+    for status in ("200", "500", "503"):
+        DURATIONS.labels("GET", "/readyz", status)
     for status in ("400", "408", "413", "414", "417", "431", "501", "505"):
         REFUSED.labels(status)
     for name in ("LockNotAvailable", "OperationalError", "QueryCanceled", "TimeoutError"):

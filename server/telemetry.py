@@ -81,7 +81,7 @@ class Telemetry:
         metrics.STARTS.inc()
         metrics.WORKERS.set(1)
         metrics.watch_pools(service)
-        metrics.start_at_zero(service.USER_ROUTE)
+        metrics.start_at_zero(service)
         for batcher in service.BATCHERS:
             batcher.observe = self.statement
         atexit.register(self.close)
