@@ -1,6 +1,6 @@
 # Settings of make, for its command line: `make run DATA=folder`. They are not taken from the environment, where another
 # tool's may have the same name. PORT and the other settings of the service are.
-# The Python that creates the virtual environment. If it is empty, make takes the first one on the PATH that is 3.11 or newer.
+# The Python that creates the virtual environment. If it is empty, make takes the first one on the PATH that is 3.11 to 3.14.
 PYTHON =
 # The folder of the virtual environment
 VENV = .venv

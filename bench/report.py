@@ -130,7 +130,7 @@ def readme_block(results: Results) -> str:
             "",
             f"Measured on {machine()}.",
             f"Each rate is the median (smallest to largest) of {results.rounds} rounds.",
-            "Requests to hello share statements, those to the others do not.",
+            "hello sends one statement for all requests that wait, the others one for each request.",
             f"Without sharing (`BATCH_SIZE=1`) hello has {get:,.0f} GET/s and {put:,.0f} PUT/s.",
         ]
     )

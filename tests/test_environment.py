@@ -268,11 +268,13 @@ def test_environment_of_the_benchmarks_is_inside_that_of_make_run(checkout: Path
 
 def test_python_that_cannot_be_used_says_so_in_one_line(checkout: Path, tmp_path: Path) -> None:
     old = program(tmp_path / "python3.9", PRETEND)
+    new = program(tmp_path / "python3.15", PRETEND.replace("3, 9, 18", "3, 15, 0"))
     (tmp_path / "venv.py").write_text("raise ImportError")
     without_venv = program(tmp_path / "python3", f'PYTHONPATH={tmp_path} exec {sys.executable} "$@"')
     answers = {
-        "missing": "hello needs Python 3.11 or newer, and none of these is: missing. ",
-        old: f"hello needs Python 3.11 or newer, and none of these is: {old}. ",
+        "missing": "hello needs Python 3.11 to 3.14, and none of these is: missing. ",
+        old: f"hello needs Python 3.11 to 3.14, and none of these is: {old}. ",
+        new: f"hello needs Python 3.11 to 3.14, and none of these is: {new}. ",
         without_venv: "This Python has no venv module: install it (on Debian: apt-get install python3-venv).",
     }
     for python, answer in answers.items():
@@ -283,7 +285,7 @@ def test_machine_without_python_says_so_in_one_line(checkout: Path, tmp_path: Pa
     for name in ("sh", "mkdir", "ls", "flock", "sed"):
         (tmp_path / name).symlink_to(shutil.which(name) or name)
     first = make_environment(checkout, PATH=str(tmp_path)).stderr.splitlines()[0]
-    assert first.startswith("hello needs Python 3.11 or newer, and none of these is: python3 python3.14 ")
+    assert first.startswith("hello needs Python 3.11 to 3.14, and none of these is: python3 python3.14 ")
     assert first.endswith(" Name one: `make run PYTHON=/path/to/python3`.")
 
 

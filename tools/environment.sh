@@ -6,7 +6,7 @@ set -eu
 mark=$VENV/.made-by-make
 requirements=requirements/$1.txt
 installed=$VENV/installed-$1.txt
-print_version='import sys; sys.version_info < (3, 11) and sys.exit(1); print(*sys.version_info[:2], sep=".")'
+print_version='import sys; (3, 11) <= sys.version_info < (3, 15) or sys.exit(1); print(*sys.version_info[:2], sep=".")'
 
 fail() {
   echo "$1" >&2
@@ -20,7 +20,7 @@ find_python() {
   for python; do
     if wanted=$("$python" -c "$print_version" 2>/dev/null); then return; fi
   done
-  fail "hello needs Python 3.11 or newer, and none of these is: $*. Name one: \`make run PYTHON=/path/to/python3\`."
+  fail "hello needs Python 3.11 to 3.14, and none of these is: $*. Name one: \`make run PYTHON=/path/to/python3\`."
 }
 
 mkdir -p "$VENV" 2>/dev/null ||
