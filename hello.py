@@ -675,8 +675,8 @@ class Connection:
         """Wait until Postgres has answered; after a TimeoutError the connection is closed.
 
         Args:
-            is_sent: nothing is left to send, so wait for the socket before the first poll. This lets other requests run
-                even if the answer is already there. Under gevent, batches would stay small otherwise.
+            is_sent: nothing is left to send, so begin with a wait for the socket, and not with a poll. During the wait,
+                under gevent, other requests run and join the next batch, even if the answer is already there.
         """
         try:
             state = extensions.POLL_READ if is_sent else self.psycopg.poll()
@@ -805,11 +805,11 @@ def connect(deadline: float) -> Connection:
 class LastWrites:
     """Tells which connections may lead to an old server: after a failover it still answers, with old rows.
 
-    Only a write shows which server is the primary. So a connection is suspect if its server is not that of the last
-    write.
-    1. It was opened before the first write to that server: it may be from before the failover. It is replaced.
-    2. It was opened later: a name may have led to the old server again, or there was another failover. It is kept; if
-       writes to the other server still succeed DATABASE_TIMEOUT after it was opened, it is replaced.
+    Only a write shows which server is the primary. A connection to another server than that of the last write is
+    replaced if it was opened
+    1. before the first write to the server of the last write: it may be from before the failover, or
+    2. more than DATABASE_TIMEOUT before the last write: a name may have led to the old server again.
+    A younger one is kept, because there may have been another failover.
     """
 
     def __init__(self) -> None:
@@ -1182,7 +1182,7 @@ class Batcher:
             self.observe(self.name, requests, monotonic() - start, error)
             raise
         except BaseException:  # a bug, which is a 500, or the WSGI server kills this request
-            # A COMMIT may be under way. The others of the batch wait until Postgres has ended the transaction.
+            # A COMMIT may be under way. After a kill, the others of the batch wait until its transaction has ended.
             batch.final_at = monotonic() + DATABASE_TIMEOUT
             raise
         batch.results.update(results)

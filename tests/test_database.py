@@ -473,6 +473,8 @@ def test_put_whose_connection_is_lost_behind_pgbouncer_is_503_and_writes_nothing
     monkeypatch.setattr(hello, "LOCK_TIMEOUT", 1)
     monkeypatch.setattr(hello, "DATABASE_TIMEOUT", 1)
     wait_until(lambda: put(app, "Zoe") == 204)
+    failures: list[str] = []
+    monkeypatch.setattr(hello.save_date_of_birth, "observe", lambda *seen: failures.append(type(seen[-1]).__name__))
     with table.locked("SELECT FROM users FOR UPDATE"):
         first = in_thread(timed, put, app, "Zoe", "1991-01-01")
         table.wait_for_lock_wait()
@@ -480,5 +482,6 @@ def test_put_whose_connection_is_lost_behind_pgbouncer_is_503_and_writes_nothing
         status, seconds = first.result(10)
     assert status == 503
     assert seconds < 1
+    assert failures == ["LostConnection"]
     assert table.rows() == {"Zoe": date(1990, 5, 17)}
     assert put(app, "Zoe", "1992-01-01") == 204
