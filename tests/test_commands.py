@@ -16,7 +16,7 @@ import pytest
 
 import hello
 from tests.support.network import LOOPBACK, exchange, free_port
-from tests.support.postgres import Database
+from tests.support.postgres import RIGHTS, Database
 from tests.support.replication import replicated
 from tests.support.service import body
 from tests.support.wait import in_thread, wait_until
@@ -180,7 +180,7 @@ def test_init_db_where_another_application_has_a_table_users_is_one_line(
     assert message in failure_of_init_db()
 
 
-@pytest.mark.parametrize("right", ["INSERT", "UPDATE", "SELECT"])
+@pytest.mark.parametrize("right", RIGHTS)
 def test_init_db_of_a_role_without_a_right_is_one_line(fresh: Any, monkeypatch: pytest.MonkeyPatch, right: str) -> None:
     hello.init_db()
     fresh.execute("CREATE ROLE few")

@@ -14,7 +14,7 @@ import trustme
 import hello
 from tests.support.load import Load
 from tests.support.network import exchange, tls_proxy
-from tests.support.postgres import PASSWORD, Database
+from tests.support.postgres import PASSWORD, RIGHTS, Database
 from tests.support.service import SHORT_TIMEOUTS, Service
 
 
@@ -46,7 +46,6 @@ def test_certificate_of_postgres_is_verified(
 @pytest.mark.parametrize(
     "statement",
     [
-        "DELETE FROM users",
         "TRUNCATE users",
         "DROP TABLE users",
         "ALTER TABLE users ADD x int",
@@ -60,6 +59,19 @@ def test_role_of_the_service_may_not(database: Database, statement: str) -> None
     denied = pytest.raises(psycopg2.errors.InsufficientPrivilege)
     with contextlib.closing(database.connect("hello")) as connection, connection.cursor() as cursor, denied:
         cursor.execute(statement)
+
+
+def test_page_gives_the_role_the_rights_that_the_tests_give_it() -> None:
+    page = Path("docs/security.md").read_text()
+    assert f"GRANT {', '.join(RIGHTS)} ON users TO hello;" in page
+
+
+def test_role_of_the_service_has_no_other_right_on_its_table(database: Database) -> None:
+    rows = database.query(
+        "SELECT privilege_type FROM information_schema.table_privileges"
+        " WHERE table_name = 'users' AND grantee IN ('hello', 'PUBLIC')"
+    )
+    assert sorted(right for (right,) in rows) == sorted(RIGHTS)
 
 
 @pytest.mark.usefixtures("environment_of_the_service")

@@ -20,6 +20,7 @@ from tools.embedded_postgres import Postgres
 
 ROOT = Path(__file__).parents[2]
 PASSWORD = "Sesame-password"  # of the service's role
+RIGHTS = ("SELECT", "INSERT", "UPDATE")  # of the service on its table; docs/security.md has them too
 COUNT_CONNECTIONS = "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s"
 
 
@@ -91,7 +92,7 @@ class Database(Postgres):
     def prepare(self) -> None:
         """Create the table and the role of the service."""
         self.apply_schema()
-        self.query("CREATE ROLE hello LOGIN; GRANT SELECT, INSERT, UPDATE ON users TO hello")
+        self.query(f"CREATE ROLE hello LOGIN; GRANT {', '.join(RIGHTS)} ON users TO hello")
 
     def connect(self, user: str = "postgres", database: str = "postgres") -> Any:
         """Open a connection of the test's own, in autocommit mode."""
