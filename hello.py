@@ -684,7 +684,7 @@ class Connection:
                 self.wait_for_socket(state, deadline)
                 state = self.psycopg.poll()
         except psycopg2.Error:
-            raise
+            raise  # not closed here: the connection may be usable
         except TimeoutError:
             self.close_and_try_last()  # Postgres rolls back when it notices
             raise

@@ -2,7 +2,6 @@
 
 import os
 import resource
-from itertools import count
 from threading import Thread
 from typing import Any
 
@@ -22,7 +21,9 @@ def on_starting(server: Any) -> None:
 def pre_fork(server: Any, worker: Any) -> None:
     """Give the worker the lowest free number: it goes on with the metrics of the last worker that had it."""
     taken = {other.number for other in server.WORKERS.values()}
-    worker.number = next(number for number in count(1) if number not in taken)
+    worker.number = 1
+    while worker.number in taken:
+        worker.number += 1
 
 
 def post_worker_init(worker: Any) -> None:

@@ -75,7 +75,8 @@ def watch_pools(service: ModuleType) -> None:
 def start_at_zero(service: ModuleType) -> None:
     """Create the series of the alerts at 0: rate() ignores a series' first value."""
     for method in service.ROUTES[service.USER_ROUTE]:
-        for status in ("200" if method == "GET" else "204", "400", "404", "500", "503"):
+        success = "200" if method == "GET" else "204"
+        for status in (success, "400", "404", "500", "503"):
             DURATIONS.labels(method, service.USER_ROUTE, status)
     for status in ("200", "500", "503"):
         DURATIONS.labels("GET", "/readyz", status)

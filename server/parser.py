@@ -249,6 +249,9 @@ class ChunkReader:
         return data
 
 
+Reader = FixedReader | ChunkReader
+
+
 class Request:
     """A request as it arrives."""
 
@@ -257,7 +260,7 @@ class Request:
         self.received = 0  # bytes
         self.head = b""  # what has arrived of it; nothing once it is in the environ
         self.environ: WSGIEnvironment = {}  # empty until the head has arrived; has `wsgi.input` once the content has
-        self.reader: FixedReader | ChunkReader | None = None  # while content is read
+        self.reader: Reader | None = None  # while content is read
         self.is_complete = False
         self.is_last = False  # what the client sends behind it is not read
         self.awaits_continue = False  # the client sends the content after `100 Continue`
@@ -332,7 +335,7 @@ class Request:
             self.is_complete = True
         self.environ = environ
 
-    def read_content(self, reader: FixedReader | ChunkReader, data: bytes) -> bytes:
+    def read_content(self, reader: Reader, data: bytes) -> bytes:
         """Take bytes of the content; return those behind it."""
         rest = reader.feed(data)
         content = reader.content

@@ -35,6 +35,14 @@ def trace_id_of(environ: WSGIEnvironment) -> str:
     return match["trace_id"] if match else ""
 
 
+def describe(environ: WSGIEnvironment, method: str, status: str, size: int, seconds: float) -> AnsweredRequest:
+    """Return what is counted and logged of a request that is answered now."""
+    route = environ.get("hello.route", UNMATCHED)
+    request_id = request_id_of(environ)
+    trace_id = trace_id_of(environ)
+    return AnsweredRequest(time.time(), method, route, status, seconds, size, request_id, trace_id)
+
+
 def reason(error: Exception) -> str:
     """Describe an error without quoting a row: libpq's text if the connection failed, else class and SQLSTATE."""
     text = str(error).strip().partition("\n")[0]
@@ -90,25 +98,23 @@ class Telemetry:
     def note_answer(self, environ: WSGIEnvironment, status: str, size: int, seconds: float) -> str:
         """Note a request that is answered, for count_requests; return its X-Request-Id."""
         method = environ["REQUEST_METHOD"]  # one of few: the parser refuses others
-        route = environ.get("hello.route", UNMATCHED)
-        request_id = request_id_of(environ)
-        trace_id = trace_id_of(environ)
-        self.answered.append(AnsweredRequest(time.time(), method, route, status, seconds, size, request_id, trace_id))
+        request = describe(environ, method, status, size, seconds)
+        self.answered.append(request)
         if status == "503":
             self.outage.unavailable += 1
-        return request_id
+        return request.request_id
 
     def count_refusal(self, environ: WSGIEnvironment, method: str, status: str, size: int) -> str:
         """Count and log a request that is refused; return its X-Request-Id."""
-        request_id = request_id_of(environ)
-        trace_id = trace_id_of(environ)
+        request = describe(environ, method, status, size, 0)
         metrics.REFUSED.labels(status).inc()
-        log_requests([AnsweredRequest(time.time(), method, UNMATCHED, status, 0, size, request_id, trace_id)])
-        return request_id
+        log_requests([request])
+        return request.request_id
 
     def count_requests(self) -> None:
         """Count and log the requests that have been answered since the last call."""
-        answered, self.answered = self.answered, []
+        answered = self.answered
+        self.answered = []
         for request in answered:
             duration = metrics.duration_of(request.method, request.route, request.status)
             duration.observe(request.seconds)

@@ -290,7 +290,8 @@ class Worker(ggevent.GeventWorker):
 
     def requests_in_progress(self) -> int:
         """Return how many requests the application works on; one for /metrics does not count."""
-        return len([each for each in self.connections if each.phase is APPLICATION and each.application is self.wsgi])
+        running = [connection for connection in self.connections if connection.phase is APPLICATION]
+        return len([connection for connection in running if connection.application is self.wsgi])
 
     def common_environ(self, own_address: Any) -> WSGIEnvironment:
         """Return what the environs of all requests of a connection have in common (PEP 3333)."""

@@ -22,7 +22,8 @@ def get(kind: str, name: str, *options: str) -> None:
     if "--output=name" in options:
         print(f"{kind}/{name}")
         return
-    item = value = json.loads(path.read_text())
+    item = json.loads(path.read_text())
+    value = item
     [keys] = [option.removeprefix("--output=jsonpath={.") for option in options if "jsonpath" in option]
     for key in keys.rstrip("}").split("."):
         value = value[key]
@@ -39,7 +40,7 @@ def write(verb: str, *options: str) -> None:
     item = yaml.safe_load(sys.stdin)
     path = STATE / f"secret-{item['metadata']['name']}.json"
     if path.exists() == (verb == "create"):
-        sys.exit("AlreadyExists or NotFound")
+        sys.exit("AlreadyExists" if verb == "create" else "NotFound")
     old = json.loads(path.read_text()) if path.exists() else {"type": item["type"]}
     if old["type"] != item["type"] or old.get("immutable"):
         sys.exit("field is immutable")

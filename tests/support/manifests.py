@@ -77,7 +77,10 @@ def quantity(text: str) -> float:
 
 def data(kind: str, name: str) -> dict[str, str]:
     """Return what a ConfigMap or Secret of the plain folder holds; nothing if it is made elsewhere."""
-    [found] = [item["data"] for item in PLAIN if title(item) == f"{kind}/{name}"] or [{}]
+    found: dict[str, str] = {}
+    for item in PLAIN:
+        if title(item) == f"{kind}/{name}":
+            found = item["data"]
     if kind == "Secret":
         return {key: base64.b64decode(value).decode() for key, value in found.items()}
     return dict(found)
