@@ -20,4 +20,8 @@ worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 # The control socket would need a home folder.
 control_socket_disable = True
 loglevel = settings.LOG_LEVEL
-logconfig_dict = logs.LOGGING
+logconfig_dict = {
+    "handlers": {"stdout": {"()": logs.Handler}},
+    "root": {"level": settings.LOG_LEVEL.upper(), "handlers": ["stdout"]},
+    "loggers": {"gunicorn.error": {"propagate": True}, "gunicorn.access": {"propagate": False}},
+}

@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,7 +105,8 @@ def versions() -> str:
     """Return the versions of what runs, and the settings of Postgres."""
     settings = [f"{name}={value}" for name, value in SETTINGS.items()]
     settings += [f"{name}={psql(f'SHOW {name}')}" for name in ("fsync", "synchronous_commit")]
-    found = [f"Python {platform.python_version()}", f"Postgres {psql('SHOW server_version')} ({', '.join(settings)})"]
+    python = f"Python {platform.python_version()} ({Path(sys.executable).resolve()})"
+    found = [python, f"Postgres {psql('SHOW server_version')} ({', '.join(settings)})"]
     found += [f"{package} {importlib.metadata.version(package)}" for package in PACKAGES]
     if shutil.which("go"):
         output = subprocess.run(["go", "version"], capture_output=True, text=True, check=True).stdout

@@ -191,11 +191,3 @@ class Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         WRITER.add([record_line(record)])
-
-
-# gunicorn's `logconfig_dict`.
-LOGGING = {
-    "handlers": {"stdout": {"()": Handler}},
-    "root": {"level": settings.LOG_LEVEL.upper(), "handlers": ["stdout"]},
-    "loggers": {"gunicorn.error": {"propagate": True}, "gunicorn.access": {"propagate": False}},
-}

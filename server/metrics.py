@@ -1,4 +1,4 @@
-"""The metrics of hello, and /metrics.
+"""The metrics of hello.
 
 Each worker counts for itself, with prometheus_client. Once a second it leaves a snapshot in memory that all workers
 share. Prometheus asks any worker, which adds up the snapshots.
@@ -15,11 +15,9 @@ from collections.abc import Iterable, Iterator
 from functools import cache, partial
 from struct import Struct
 from types import ModuleType
-from wsgiref.types import StartResponse, WSGIEnvironment
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, Sample
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
 from server.logs import LOG, WRITER
@@ -177,17 +175,3 @@ class SharedMetrics(Collector):
         build = GaugeMetricFamily("hello_build_info", "Build information; always 1.", labels=["version", "python"])
         build.add_metric([self.version, platform.python_version()], 1)
         yield build
-
-
-def serve_metrics(metrics: SharedMetrics, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
-    """Answer on the port of the metrics: GET /metrics in Prometheus' text format."""
-    headers = [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")]
-    if environ["PATH_INFO"] != "/metrics":
-        status, kind, content = "404 Not Found", "application/json", b'{"message": "There is only /metrics here."}'
-    elif environ["REQUEST_METHOD"] not in {"GET", "HEAD"}:
-        status, kind, content = "405 Method Not Allowed", "application/json", b'{"message": "Use GET or HEAD."}'
-        headers.append(("Allow", "GET, HEAD"))
-    else:
-        status, kind, content = "200 OK", CONTENT_TYPE_PLAIN_0_0_4, generate_latest(metrics)
-    start_response(status, [*headers, ("Content-Type", kind), ("Content-Length", str(len(content)))])
-    return [] if environ["REQUEST_METHOD"] == "HEAD" else [content]

@@ -1,4 +1,4 @@
-"""Request ids, metrics and log lines of requests and statements: about routes, never about users."""
+"""Request ids, metrics and log lines of requests and statements, about routes and never about users; and /metrics."""
 
 import atexit
 import re
@@ -9,6 +9,8 @@ from types import ModuleType
 from wsgiref.types import StartResponse, WSGIEnvironment
 
 import psycopg2
+from prometheus_client import generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from server import metrics
 from server.logs import LOG, AnsweredRequest, log_requests
@@ -136,6 +138,15 @@ class Telemetry:
             self.outage.success(time.monotonic())
 
     def serve_metrics(self, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
-        """Answer on the port of the metrics (PEP 3333)."""
+        """Answer on the port of the metrics: GET /metrics in Prometheus' text format."""
         self.count_requests()
-        return metrics.serve_metrics(self.shared, environ, start_response)
+        headers = [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")]
+        if environ["PATH_INFO"] != "/metrics":
+            status, kind, content = "404 Not Found", "application/json", b'{"message": "There is only /metrics here."}'
+        elif environ["REQUEST_METHOD"] not in {"GET", "HEAD"}:
+            status, kind, content = "405 Method Not Allowed", "application/json", b'{"message": "Use GET or HEAD."}'
+            headers.append(("Allow", "GET, HEAD"))
+        else:
+            status, kind, content = "200 OK", CONTENT_TYPE_PLAIN_0_0_4, generate_latest(self.shared)
+        start_response(status, [*headers, ("Content-Type", kind), ("Content-Length", str(len(content)))])
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [content]

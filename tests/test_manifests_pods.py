@@ -203,6 +203,6 @@ def test_api_stops_gracefully(pods: Pods) -> None:
 
 
 def test_wrong_password_never_gets_past_the_init_container(pods: Pods) -> None:
-    settings = ["--env=PGPASSWORD=wrong", "--env=INIT_TIMEOUT=0.5"]
+    settings = ["--env=PGPASSWORD=wrong", "--env=INIT_TIMEOUT=3"]
     output = pods.compose("run", "--rm", "--no-deps", *settings, "init-db", status=1)
     assert "password authentication failed" in output

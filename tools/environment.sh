@@ -16,6 +16,10 @@ fail() {
 # Set `python` to PYTHON or to the first Python that is new enough, and `wanted` to its version.
 find_python() {
   set -- python3 python3.14 python3.13 python3.12 python3.11 python
+  # Distributions optimise their Python with a profile, as Docker's images do. pyenv does not, and hello is slower with it.
+  if [ "$requirements" = requirements/bench.txt ] && /usr/bin/python3 -c 'import ensurepip' 2>/dev/null; then
+    set -- /usr/bin/python3 "$@"
+  fi
   [ -z "$PYTHON" ] || set -- "$PYTHON"
   for python; do
     if wanted=$("$python" -c "$print_version" 2>/dev/null); then return; fi
