@@ -23,5 +23,5 @@ loglevel = settings.LOG_LEVEL
 logconfig_dict = {
     "handlers": {"stdout": {"()": logs.Handler}},
     "root": {"level": settings.LOG_LEVEL.upper(), "handlers": ["stdout"]},
-    "loggers": {"gunicorn.error": {"propagate": True}, "gunicorn.access": {"propagate": False}},
+    "loggers": {"gunicorn.error": {"propagate": True}},
 }

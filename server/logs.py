@@ -30,7 +30,7 @@ MAX_WAITING_LINES = 10_000  # about 5 MB; 1 second of requests at full load
 STOP_SECONDS = 0.3  # how long an exit waits for the last lines: less than worker.EXIT_SECONDS; the others are lost
 
 
-@lru_cache(maxsize=2)  # the requests of a statement end in the same millisecond
+@lru_cache(maxsize=2)  # one statement answers many requests, most of them in the same millisecond
 def timestamp(milliseconds: int) -> str:
     """Return a time since 1970 as RFC 3339 in UTC."""
     moment = datetime.fromtimestamp(milliseconds / 1000, UTC).replace(tzinfo=None)
@@ -98,7 +98,7 @@ class LineWriter:
     def reset(self) -> None:
         self.waiting: SimpleQueue[list[str] | None] = SimpleQueue()
         self.added = 0  # lines that were queued
-        self.taken = 0  # lines of these that wait no longer; the thread counts them
+        self.taken = 0  # lines that the thread has taken from the queue and written or dropped
         self.refused = 0  # lines that found too many waiting
         self.failed = 0  # lines that could not be written; the thread counts them
         self.finished: Any = None  # a lock that the thread releases when it ends; None without a thread
@@ -139,8 +139,7 @@ class LineWriter:
 
     def write_lines(self, lines: list[str]) -> None:
         """Write lines, several at once: up to PIPE_BUF bytes, which a pipe takes whole."""
-        text = "\n".join([*lines, ""])
-        data = text.encode(errors="backslashreplace")
+        data = "\n".join([*lines, ""]).encode(errors="backslashreplace")
         start = 0
         while start < len(data):
             end = data.rfind(b"\n", start, start + PIPE_BUF)

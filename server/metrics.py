@@ -44,8 +44,7 @@ REGISTRY.register(ProcessCollector())
 histogram = partial(Histogram, registry=REGISTRY)
 
 REQUEST = ["method", "route", "status"]
-SECONDS_OF_REQUEST = "http_request_duration_seconds"
-DURATIONS = histogram(SECONDS_OF_REQUEST, "Time from a whole request to its response.", REQUEST, buckets=SECONDS)
+DURATIONS = histogram("http_request_duration_seconds", "Time to answer a whole request.", REQUEST, buckets=SECONDS)
 IN_PROGRESS = Gauge("http_requests_in_progress", "Requests not yet answered.", registry=REGISTRY)
 REFUSED = Counter("http_requests_refused_total", "Malformed requests refused.", ["status"], registry=REGISTRY)
 STATEMENTS = histogram("database_query_duration_seconds", "Time of a statement.", ["operation"], buckets=SECONDS)
@@ -92,7 +91,7 @@ HEADER = Struct("=QQd")  # the area of the last snapshot (1 or 2), its bytes, an
 
 
 def offset(number: int, area: int) -> int:
-    """Return where an area begins, or with 0 the header, of the worker with a number from 1 up."""
+    """Return where an area of a worker begins; area 0 is the header. Numbers begin at 1."""
     return (3 * number + area) * AREA_BYTES
 
 
@@ -163,11 +162,11 @@ class SharedMetrics(Collector):
         """Yield the sums: of counters over all workers there were, of gauges over those that run."""
         metrics = self.share()  # so the next scrape, by another worker, does not find less
         workers = os.fstat(MEMORY).st_size // offset(1, 0)  # the file ends inside the areas of the highest number
-        for number in range(1, workers + 1):
-            metrics += read_snapshot(number) if number != self.number else []
+        for number in {*range(1, workers + 1)} - {self.number}:
+            metrics += read_snapshot(number)
         for metric in add_up(metrics):
             yield metric
-            if metric.name == SECONDS_OF_REQUEST:  # each duration is one request
+            if metric.name == "http_request_duration_seconds":  # each duration is one request
                 counts = [sample for sample in metric.samples if sample.name.endswith("_count")]
                 requests = Metric("http_requests", "Requests answered.", "counter")
                 requests.samples = [sample._replace(name="http_requests_total") for sample in counts]

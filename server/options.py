@@ -28,6 +28,7 @@ REFUSED = {
     "/metrics has the figures": ("statsd_host", "statsd_prefix", "dogstatsd_tags", "enable_backlog_metric"),
     "set KEEPALIVE_TIMEOUT": ("keepalive",),
     "set WEB_CONCURRENCY": ("threads",),
+    "set GRACEFUL_TIMEOUT": ("graceful_timeout",),
     "set the variable in gunicorn's own environment": ("raw_env",),
     "only server.worker.Worker has the limits, the metrics and the log of the service": ("worker_class",),
     "workers cannot share connections to Postgres": ("preload_app",),
@@ -40,7 +41,9 @@ REFUSED = {
 def check_options(config: Any) -> None:
     """Exit with one line if an option is set that is not supported."""
     defaults = {name: setting.get() for name, setting in make_settings().items()}
-    defaults |= {"loglevel": settings.LOG_LEVEL, "worker_class": "server.worker.Worker"}  # of gunicorn.conf.py
+    # What gunicorn.conf.py sets
+    defaults |= {"loglevel": settings.LOG_LEVEL, "graceful_timeout": settings.GRACEFUL_TIMEOUT}
+    defaults["worker_class"] = "server.worker.Worker"
     for advice, names in REFUSED.items():
         for name in names:
             setting = config.settings[name]
@@ -52,7 +55,7 @@ def check_options(config: Any) -> None:
 def check_addresses(addresses: Iterable[Any], *, reuse_port: bool = False) -> None:
     """Exit with one line if a TCP address cannot be listened on: gunicorn would try five times, and log each."""
     advice = {"PORT": "HOST or PORT", "METRICS_PORT": "METRICS_HOST or METRICS_PORT"}
-    names = {address: advice[port] for port, address in settings.addresses().items()}
+    names = {address: advice[setting] for setting, address in settings.addresses().items()}
     for host, port in [address for address in addresses if isinstance(address, tuple)]:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -18,6 +18,7 @@ MAX_HEADERS, MAX_HEADER_BYTES = 64, 16384
 MAX_HEAD_BYTES = 32768
 MAX_CONTENT_BYTES = 4096  # hello.MAX_CONTENT_BYTES
 MAX_READ_BYTES = 65536  # content up to this size is read to its end, which keeps the connection open after a 413
+MAX_LENGTH_DIGITS = 18  # of a Content-Length, as in hello.py; int() refuses more than 4,300
 MAX_REQUEST_BYTES = 163840  # head, content, chunk framing and trailers
 
 METHODS = {method.encode(): method.value for method in HTTPMethod if method is not HTTPMethod.CONNECT}
@@ -65,7 +66,7 @@ def parse_request_line(line: bytes) -> tuple[str, str, str]:
     found = REQUEST_LINE.fullmatch(line)
     if found is None:
         start = METHOD.match(line)
-        is_unknown = start and start[2] and start[1] not in METHODS
+        is_unknown = start and start[2] and start[1] not in METHODS  # start[2] is the space behind the method
         raise ProtocolError(*(UNKNOWN_METHOD if is_unknown else BAD_REQUEST_LINE))
     method, target, protocol = found.groups()
     if len(target) > MAX_TARGET_BYTES:
@@ -108,7 +109,7 @@ def parse_headers(head: bytes) -> Headers:
     except HttpParserError:
         raise ProtocolError(*BAD_HEAD) from None
     longest = 0
-    if len(head) > MAX_HEADER_BYTES:
+    if len(head) > MAX_HEADER_BYTES:  # no header of a shorter head is too long
         longest = max(len(name) + len(value) for name, value in headers)
     if longest > MAX_HEADER_BYTES or len(headers) > MAX_HEADERS:
         raise ProtocolError(*LONG_HEAD)
@@ -129,7 +130,8 @@ def add_headers(environ: WSGIEnvironment, headers: Headers) -> None:
     hosts = 0
     for name, value in headers:
         key, text = environ_key(name), value.strip(b" \t").decode("latin-1")
-        hosts += key == "HTTP_HOST"
+        if key == "HTTP_HOST":
+            hosts += 1
         if key:
             environ[key] = f"{environ[key]},{text}" if key in environ else text
     if hosts > 1 or (not hosts and environ["SERVER_PROTOCOL"] == "HTTP/1.1"):
@@ -192,7 +194,7 @@ def expects_continue(environ: WSGIEnvironment) -> bool:
 
 
 class Content:
-    """Content as it arrives; as much of it is kept as shows the application that it is too long."""
+    """Content as it arrives; one byte above the limit is kept, from which the application sees that it is too long."""
 
     def __init__(self) -> None:
         self.size = 0
@@ -234,7 +236,7 @@ class ChunkReader:
         self.parser.feed_data(CHUNKED_HEAD)
 
     def feed(self, data: bytes) -> bytes:
-        """Take bytes; return those behind the content, which may end at any blank line: llhttp does not tell where."""
+        """Take bytes; return those behind the content. It is fed to each blank line: llhttp does not tell its end."""
         while data and not self.content.is_complete:
             found = (self.tail + data).find(BLANK_LINE)
             end = len(data)
@@ -272,11 +274,6 @@ class Request:
             return str(self.environ["REQUEST_METHOD"])
         found = METHOD.match(self.head)
         return METHODS.get(found[1], "other") if found else "other"
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether more than a blank line has arrived."""
-        return bool(self.head or self.environ)
 
     def feed(self, data: bytes) -> bytes:
         """Take bytes; return those behind the request; raise ProtocolError if it is refused."""
@@ -323,6 +320,8 @@ class Request:
         environ["REQUEST_METHOD"] = method
         environ["SERVER_PROTOCOL"] = protocol
         add_headers(environ, parse_headers(head))
+        if len(environ.get("CONTENT_LENGTH", "")) > MAX_LENGTH_DIGITS:
+            raise ProtocolError(*BAD_HEAD)
         environ["PATH_INFO"], environ["QUERY_STRING"] = split_target(target, environ)
         self.is_last = is_last_request(environ)
         self.awaits_continue = expects_continue(environ)

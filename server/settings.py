@@ -1,4 +1,4 @@
-"""Settings of the server, from the environment. hello.py has its own, and the same functions: it needs nothing else."""
+"""Settings of the server, from the environment. hello.py repeats these functions, to run without this folder."""
 
 import os
 import sys

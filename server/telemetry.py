@@ -15,10 +15,8 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from server import metrics
 from server.logs import LOG, AnsweredRequest, log_requests
 
-UNMATCHED = "unmatched"  # the route of an unknown path
-
 REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,128}")
-# W3C Trace Context, section 3.2: ids of zeros and version ff are invalid; only versions after 00 may be longer.
+# W3C Trace Context, section 3.2: ids of zeros and version ff are invalid; only later versions than 00 may be longer.
 TRACEPARENT = re.compile(
     "(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})(?P<trace_id>[0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
 )
@@ -39,7 +37,7 @@ def trace_id_of(environ: WSGIEnvironment) -> str:
 
 def describe(environ: WSGIEnvironment, method: str, status: str, size: int, seconds: float) -> AnsweredRequest:
     """Return what is counted and logged of a request that is answered now."""
-    route = environ.get("hello.route", UNMATCHED)
+    route = environ.get("hello.route", "unmatched")  # of an unknown path
     request_id = request_id_of(environ)
     trace_id = trace_id_of(environ)
     return AnsweredRequest(time.time(), method, route, status, seconds, size, request_id, trace_id)
@@ -55,7 +53,7 @@ def reason(error: Exception) -> str:
 
 
 class Outage:
-    """Log two warnings for each time that statements fail: at its begin and end. Times are monotonic seconds."""
+    """Log when statements begin to fail, and when they work again. Times are monotonic seconds."""
 
     def __init__(self) -> None:
         self.began: float | None = None
@@ -82,7 +80,7 @@ class Outage:
 
 
 class Telemetry:
-    """Counts and logs a worker's statements, and its requests: these together, which takes a fraction of the time."""
+    """Counts and logs a worker's statements one by one, and its requests many at a time, which is faster."""
 
     def __init__(self, service: ModuleType, shared: metrics.SharedMetrics) -> None:
         self.shared = shared

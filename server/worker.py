@@ -133,16 +133,17 @@ class ClientConnection:
             self.enter(HEAD, settings.HEAD_TIMEOUT)
         elif request.environ and self.phase is not CONTENT:
             self.enter(CONTENT, settings.CONTENT_TIMEOUT)
-        # Other greenlets run while this waits, even if the client never pauses; and recv always finds something.
+        # recv alone would not wait, nor let other greenlets run, while a client keeps sending.
         gevent.get_hub().wait(self.readable)
         data: bytes = self.socket.recv(RECEIVE_BYTES)
         return data
 
     def check_end(self) -> None:
         """Raise ProtocolError if the client's time ended within a request, or its data within the content."""
-        if self.is_late and self.request.has_begun:
+        request = self.request
+        if self.is_late and (request.head or request.environ):  # more than a blank line has arrived
             raise ProtocolError(*LATE)
-        if self.request.environ:
+        if request.environ:
             raise ProtocolError(*BAD_CONTENT)
 
     def expire(self) -> None:
@@ -172,8 +173,8 @@ class ClientConnection:
 
     def has_more(self) -> bool:
         """Return whether the client has sent something behind the request."""
-        waiting = fcntl.ioctl(self.socket.fileno(), termios.FIONREAD, bytes(4))
-        return bool(self.unread or any(waiting))
+        unread_bytes = fcntl.ioctl(self.socket.fileno(), termios.FIONREAD, bytes(4))  # an int in C's form
+        return bool(self.unread or any(unread_bytes))
 
     def refuse(self, error: ProtocolError) -> None:
         """Answer a protocol error."""
@@ -213,7 +214,7 @@ class ClientConnection:
         data = b""
         while monotonic() < self.since + DRAIN_SECONDS:
             data = self.socket.recv(DRAIN_BYTES)
-            if not data and not self.is_late:  # after a time limit, recv does not wait
+            if not data and not self.is_late:  # recv finds no data of a late client, which may still send
                 return
             gevent.sleep(DRAIN_SECONDS / 20)  # a client that sends without end must not keep the worker busy
         if data:  # without a reset, a client that waits until it may send would wait for a minute
@@ -239,7 +240,9 @@ class Worker(ggevent.GeventWorker):
             super().load_wsgi()
         except SystemExit as error:
             # All workers fail alike. The first one prints, and its end stops the others, which wait 2 s more each.
-            gevent.sleep((self.number - 1) % self.cfg.workers * 2)
+            turn = monotonic() + 2 * ((self.number - 1) % self.cfg.workers)
+            while self.alive and monotonic() < turn:
+                gevent.sleep(SWEEP_SECONDS)
             if not self.alive:
                 sys.exit()
             print(error, file=sys.stderr)

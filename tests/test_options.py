@@ -144,7 +144,7 @@ def test_socket_of_systemd_serves_a_second_start_and_clients_that_came_before_ea
 
 # Options that do what gunicorn's documentation says, and those of features that the service does not use
 SUPPORTED = {
-    *("bind", "backlog", "workers", "worker_connections", "timeout", "graceful_timeout", "reuse_port", "chdir"),
+    *("bind", "backlog", "workers", "worker_connections", "timeout", "reuse_port", "chdir"),
     *("reload", "reload_engine", "reload_extra_files", "spew", "check_config", "print_config", "config", "wsgi_app"),
     *("enable_stdio_inheritance", "pidfile", "worker_tmp_dir", "user", "group", "umask", "initgroups"),
     *("pythonpath", "proc_name", "default_proc_name", "logconfig_dict", "control_socket_disable"),

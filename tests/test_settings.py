@@ -4,6 +4,7 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,11 +88,13 @@ def test_a_wrong_value_stops_gunicorn_with_one_line_and_no_traceback() -> None:
     assert done.stderr == "LOG_FORMAT='no..such' must be one of auto, json, text; the default is auto\n"
 
 
-def test_a_wrong_value_of_the_application_stops_gunicorn_with_one_line() -> None:
-    done = start(TZ="no..such", PORT=str(free_port()), METRICS_PORT="0", WEB_CONCURRENCY="2")
+def test_a_wrong_value_of_the_application_stops_all_workers_with_one_line() -> None:
+    began = time.monotonic()
+    done = start(TZ="no..such", PORT=str(free_port()), METRICS_PORT="0", WEB_CONCURRENCY="8", GRACEFUL_TIMEOUT="60")
     assert done.returncode == 3
     assert done.stderr.startswith("TZ='no..such' ")
     assert done.stderr.count("\n") == 1
+    assert time.monotonic() - began < 13  # the last of 8 would print after 14 s
 
 
 @pytest.mark.parametrize(

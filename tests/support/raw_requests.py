@@ -19,6 +19,7 @@ ERRORS = {
     "two equal lengths": (PUT + b"Content-Length: 29\r\nContent-Length: 29\r\n\r\n" + DATE, 400),
     "length with a sign": (PUT + b"Content-Length: +29\r\n\r\n" + DATE, 400),
     "length in hexadecimal": (PUT + b"Content-Length: 0x1d\r\n\r\n" + DATE, 400),
+    "length of many zeros": (PUT + b"Content-Length: " + b"0" * 5000 + b"\r\n\r\n", 400),
     "list of lengths": (PUT + b"Content-Length: 29, 29\r\n\r\n" + DATE, 400),
     "empty length": (PUT + b"Content-Length: \r\n\r\n", 400),
     "length of another script": (PUT + "Content-Length: ²\r\n\r\n12".encode("latin-1"), 400),
