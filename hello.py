@@ -1201,7 +1201,7 @@ BATCHERS = [find_date_of_birth, save_date_of_birth]
 def keep_connected() -> NoReturn:
     """Open the connections of all pools, and replace those that their server closes.
 
-    A WSGI server may run it in a thread of its own, as server/hooks.py does.
+    A WSGI server may run it in a thread of its own, as gunicorn.conf.py does.
     """
     while True:
         for pool in POOLS:

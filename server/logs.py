@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import signal
+import sys
 import traceback
 from _thread import allocate_lock, start_new_thread
 from datetime import UTC, datetime
@@ -21,6 +22,9 @@ from select import PIPE_BUF, POLLOUT, poll
 from typing import Any, NamedTuple
 
 from server import settings
+
+if sys.stdout is None:  # the next file that is opened would get its descriptor
+    sys.exit("Standard output is closed, and the log is written to it: open it, as with >/dev/null.")
 
 LOG = logging.getLogger("hello")
 STDOUT = 1
@@ -101,6 +105,7 @@ class LineWriter:
         self.taken = 0  # lines that the thread has taken from the queue and written or dropped
         self.refused = 0  # lines that found too many waiting
         self.failed = 0  # lines that could not be written; the thread counts them
+        self.line_end = b""  # of a line that was cut when it could not be written
         self.finished: Any = None  # a lock that the thread releases when it ends; None without a thread
 
     @property
@@ -131,7 +136,10 @@ class LineWriter:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def run(self, waiting: "SimpleQueue[list[str] | None]", finished: Any) -> None:
-        """Write lines until None is queued."""
+        """Write lines until None is queued.
+
+        The arguments are those of this thread: `close` and a fork replace the attributes.
+        """
         while (lines := waiting.get()) is not None:
             self.write_lines(lines)
             self.taken += len(lines)
@@ -152,22 +160,26 @@ class LineWriter:
         """Write whole lines; wait while the reader of a non-blocking pipe is slow."""
         writable = poll()
         writable.register(self.descriptor, POLLOUT)
-        while piece:
+        rest = self.line_end + piece
+        while rest:
             try:
-                written = os.write(self.descriptor, piece)
-                piece = piece[written:]
+                written = os.write(self.descriptor, rest)
+                rest = rest[written:]
             except BlockingIOError:
                 writable.poll()
             except OSError:  # the reader is gone, or the disk is full
-                self.failed += piece.count(b"\n")
+                self.failed += piece[-len(rest) :].count(b"\n")
+                self.line_end = b"\n"
                 return
+        self.line_end = b""
 
     def close(self) -> None:
-        """Write the waiting lines; give up after STOP_SECONDS."""
+        """Write the waiting lines; after STOP_SECONDS, count them as lost."""
         finished, self.finished = self.finished, None
         if finished:
             self.waiting.put(None)
-            finished.acquire(timeout=STOP_SECONDS)
+            if not finished.acquire(timeout=STOP_SECONDS):
+                self.refused += self.added - self.taken
 
 
 WRITER = LineWriter(STDOUT)

@@ -161,7 +161,7 @@ class SharedMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield the sums: of counters over all workers there were, of gauges over those that run."""
         metrics = self.share()  # so the next scrape, by another worker, does not find less
-        workers = os.fstat(MEMORY).st_size // offset(1, 0)  # the file ends inside the areas of the highest number
+        workers = os.fstat(MEMORY).st_size // offset(1, 0)  # the file ends within the highest number's areas
         for number in {*range(1, workers + 1)} - {self.number}:
             metrics += read_snapshot(number)
         for metric in add_up(metrics):

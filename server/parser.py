@@ -80,7 +80,7 @@ def parse_request_line(line: bytes) -> tuple[str, str, str]:
 
 def check_unfinished_line(line: bytes) -> None:
     """Raise ProtocolError if a line of which more may come cannot become a request line."""
-    if b"\n" in line or METHOD.match(line) is None:
+    if METHOD.match(line) is None:
         raise ProtocolError(*BAD_REQUEST_LINE)
     _, _, rest = line.partition(b" ")
     target, _, _ = rest.lstrip(b" ").partition(b" ")
@@ -118,7 +118,7 @@ def parse_headers(head: bytes) -> Headers:
 
 @lru_cache(maxsize=64)  # 2 MB with the longest names
 def environ_key(name: bytes) -> str:
-    """Return the environ key of a header; none for Upgrade, and for an underscore, which would pass for a hyphen."""
+    """Return a header's environ key; "" for Upgrade, and for a name with an underscore, which would equal a hyphen."""
     key = name.decode("latin-1").upper().replace("-", "_")
     if b"_" in name or key == "UPGRADE":
         return ""
@@ -303,7 +303,7 @@ class Request:
     def check_unfinished_head(self) -> None:
         """Raise ProtocolError for what cannot become a head: its client may send no more before it has an answer."""
         line, line_end, _ = self.head.partition(b"\r\n")
-        if line_end:
+        if line_end or b"\n" in line:
             parse_request_line(line)
         elif line:
             check_unfinished_line(line)
@@ -339,7 +339,7 @@ class Request:
         rest = reader.feed(data)
         content = reader.content
         if content.size > MAX_READ_BYTES:
-            self.is_last = True
+            self.is_last = True  # the rest is never read; the application refuses what is kept
         elif not content.is_complete:
             if self.received > MAX_REQUEST_BYTES:
                 raise ProtocolError(*BAD_CONTENT)

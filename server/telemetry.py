@@ -13,7 +13,7 @@ from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from server import metrics
-from server.logs import LOG, AnsweredRequest, log_requests
+from server.logs import LOG, WRITER, AnsweredRequest, log_requests
 
 REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,128}")
 # W3C Trace Context, section 3.2: ids of zeros and version ff are invalid; only later versions than 00 may be longer.
@@ -121,8 +121,9 @@ class Telemetry:
         log_requests(answered)
 
     def close(self) -> None:
-        """Count, log and share what is left; LineWriter.close runs after it."""
+        """Count, log and share what is left."""
         self.count_requests()
+        WRITER.close()  # before the last snapshot, which has the number of lines that it gives up
         self.shared.share(is_last=True)
 
     def statement(self, operation: str, requests: int, seconds: float, error: Exception | None) -> None:

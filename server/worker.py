@@ -1,6 +1,6 @@
 """The gunicorn worker that serves hello: llhttp parses requests, gevent runs a greenlet for each connection.
 
-It serves applications that return their content as a list and do not call `write` (PEP 3333), as hello does.
+It serves applications that return their content as a list, and neither call `write` (PEP 3333) nor raise exceptions.
 """
 
 import ctypes
@@ -35,7 +35,7 @@ DRAIN_SECONDS = 1  # a connection that is being closed is read for this long
 # A stopping worker keeps connections that are idle for less than this, because a request may be on its way, and accepts
 # new ones for as long, because the workers that replace it after SIGHUP are not ready at once.
 STOPPING_SECONDS = 1
-EXIT_SECONDS = 0.5  # a stopping worker ends so long before gunicorn would kill it
+EXIT_SECONDS = 0.5  # a stopping worker ends this long before gunicorn would kill it
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # a struct linger: l_onoff, l_linger
 SWEEP_SECONDS = 0.05  # between two checks of the time limits, and two counts of requests
 TRIM_SECONDS = 5  # between two times that freed memory goes back to the system
@@ -55,7 +55,7 @@ def response_start(status: str, second: int, is_last: bool) -> str:
 
 
 def return_memory() -> None:
-    """Give back again and again what clients that have left used; glibc would keep most of it."""
+    """Give freed memory back to the system every TRIM_SECONDS; glibc would keep most of it."""
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     while malloc_trim:
         gevent.sleep(TRIM_SECONDS)
@@ -90,7 +90,7 @@ class ClientConnection:
         """Serve requests until either side closes."""
         try:
             self.serve_requests()
-            if self.phase is SEND:  # after a response, the client may still send
+            if self.phase is SEND:  # the last response was sent; the client may still send
                 self.close_gently()
         except Exception as error:
             # Outside the application, only the client's socket raises OSError.
@@ -125,7 +125,7 @@ class ClientConnection:
         return True
 
     def receive(self) -> bytes:
-        """Return the next bytes of the client; none at the end of its data, or after the time limit."""
+        """Return the client's next bytes; none at their end, or if it is late: a phase has one limit."""
         request = self.request
         if not request.received:
             self.enter(IDLE, settings.KEEPALIVE_TIMEOUT)
@@ -173,7 +173,7 @@ class ClientConnection:
 
     def has_more(self) -> bool:
         """Return whether the client has sent something behind the request."""
-        unread_bytes = fcntl.ioctl(self.socket.fileno(), termios.FIONREAD, bytes(4))  # an int in C's form
+        unread_bytes = fcntl.ioctl(self.socket.fileno(), termios.FIONREAD, bytes(4))  # ioctl fills in a C int
         return bool(self.unread or any(unread_bytes))
 
     def refuse(self, error: ProtocolError) -> None:
@@ -214,7 +214,7 @@ class ClientConnection:
         data = b""
         while monotonic() < self.since + DRAIN_SECONDS:
             data = self.socket.recv(DRAIN_BYTES)
-            if not data and not self.is_late:  # recv finds no data of a late client, which may still send
+            if not data and not self.is_late:  # after expire(), recv finds nothing although the client may send
                 return
             gevent.sleep(DRAIN_SECONDS / 20)  # a client that sends without end must not keep the worker busy
         if data:  # without a reset, a client that waits until it may send would wait for a minute
@@ -222,15 +222,14 @@ class ClientConnection:
 
 
 class Worker(ggevent.GeventWorker):
-    """Serve keep-alive connections, one greenlet each; server/hooks.py sets `telemetry` and `number`."""
+    """Serve keep-alive connections, one greenlet each; gunicorn.conf.py sets `telemetry` and `number`."""
 
     wsgi: Any  # the application; the stub of gunicorn has a type that is not PEP 3333's
     telemetry: Telemetry | None = None
     number: int  # 1 for the first worker
 
     def init_process(self) -> None:
-        """Start the worker; block the stop signals until their handlers are set."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        """Start the worker."""
         self.connections: set[ClientConnection] = set()
         super().init_process()
 
@@ -239,7 +238,7 @@ class Worker(ggevent.GeventWorker):
         try:
             super().load_wsgi()
         except SystemExit as error:
-            # All workers fail alike. The first one prints, and its end stops the others, which wait 2 s more each.
+            # All workers fail alike. Worker n waits 2 (n - 1) s: the first one prints, and its end stops the rest.
             turn = monotonic() + 2 * ((self.number - 1) % self.cfg.workers)
             while self.alive and monotonic() < turn:
                 gevent.sleep(SWEEP_SECONDS)
@@ -249,7 +248,7 @@ class Worker(ggevent.GeventWorker):
             sys.exit(Arbiter.WORKER_BOOT_ERROR)
 
     def init_signals(self) -> None:
-        """Set the signal handlers."""
+        """Set the signal handlers, and unblock the signals that gunicorn.conf.py blocks before the fork."""
         super().init_signals()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 

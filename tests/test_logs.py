@@ -9,6 +9,7 @@ import re
 import select
 import signal
 import socket
+import subprocess
 import sys
 import time
 import urllib.parse
@@ -25,6 +26,7 @@ from tests.support.network import exchange, responses
 from tests.support.service import body
 from tests.support.wait import in_thread, wait_until
 
+ROOT = Path(__file__).parents[1]
 HELLO = hello.USER_ROUTE
 TRACE_ID, PARENT_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
@@ -226,6 +228,13 @@ def test_a_reader_that_stopped_stops_neither_the_replacement_of_a_worker_nor_the
         assert service.process.wait(30) == 0
 
 
+def test_lines_that_a_worker_drops_at_its_end_are_counted(database: dict[str, str], tmp_path: Path) -> None:
+    with PipedService(tmp_path, database) as service:
+        service.send_requests(1000)
+        service.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: service.dropped_lines() > 500)
+
+
 def test_a_reader_that_went_away_does_not_stop_the_service(database: dict[str, str], tmp_path: Path) -> None:
     with PipedService(tmp_path, database) as service:
         service.close_pipe()
@@ -286,6 +295,40 @@ def test_lines_that_a_full_disk_refuses_are_counted() -> None:
         writer.add(["x" * 200] * 200)
         writer.close()
         assert writer.dropped == 200
+
+
+# Its file may grow by 300 bytes, and then by as many as it likes.
+FILL_THE_DISK = """
+import resource, signal, sys
+from server import logs
+with open(sys.argv[1], "wb", buffering=0) as file:
+    writer = logs.LineWriter(file.fileno())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, resource.RLIM_INFINITY))
+    writer.add(["a" * 200, "b" * 200])
+    writer.close()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    writer.add(["c", "d"])
+    writer.close()
+    print(writer.dropped)
+"""
+
+
+def test_a_line_after_one_that_a_full_disk_cut_is_a_line_of_its_own(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FILL_THE_DISK, str(tmp_path / "log")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "1\n"
+    assert (tmp_path / "log").read_text().splitlines() == ["a" * 200, "b" * 99, "c", "d"]
+
+
+def test_lines_that_still_wait_when_the_writer_gives_up_are_counted() -> None:
+    reader, end = os.pipe()
+    with open(reader, "rb"), open(end, "wb", buffering=0):
+        fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, 4096)
+        writer = logs.LineWriter(end)
+        for _ in range(50):
+            writer.add(["x" * 200])
+        writer.close()
+        assert 25 < writer.dropped < 35
 
 
 @pytest.mark.parametrize("count", [0, 1, 1000])

@@ -81,6 +81,34 @@ def test_reload_replaces_the_workers_when_a_file_changes(database: dict[str, str
         assert service.ask("GET", "/livez").status == 200
 
 
+# --- Starts and stops ---------------------------------------------------------------------------------
+
+
+SLOW_FORK = """
+def post_fork(server, worker):
+    __import__("time").sleep(1)
+"""
+
+
+def test_stop_that_comes_before_a_worker_handles_signals_is_not_lost(database: dict[str, str], tmp_path: Path) -> None:
+    slow = tmp_path / "gunicorn.conf.py"
+    slow.write_text((ROOT / "gunicorn.conf.py").read_text() + SLOW_FORK)
+    service = Service(tmp_path, database, arguments=["--config", str(slow)], GRACEFUL_TIMEOUT="60")
+    with subprocess.Popen(service.command, cwd=ROOT, env=service.environment, stdout=subprocess.DEVNULL) as process:
+        wait_until(psutil.Process(process.pid).children, 30)
+        process.terminate()
+        assert process.wait(30) == 0
+
+
+def test_start_without_standard_output_ends_with_one_line(database: dict[str, str], tmp_path: Path) -> None:
+    service = Service(tmp_path, database, prefix=["sh", "-c", 'exec "$@" >&-', "sh"])
+    done = subprocess.run(
+        service.command, cwd=ROOT, env=service.environment, capture_output=True, text=True, check=False, timeout=30
+    )
+    assert done.returncode == 1
+    assert done.stderr == "Standard output is closed, and the log is written to it: open it, as with >/dev/null.\n"
+
+
 # --- Upgrades -----------------------------------------------------------------------------------------
 
 

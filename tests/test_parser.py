@@ -245,6 +245,12 @@ def test_error_that_arrives_byte_by_byte_has_its_status_and_ends_the_reading(req
     assert not requests.complete
 
 
+@pytest.mark.parametrize("head", [b"BREW / HTTP/1.1\nX\r\n\r\n", b"GET / HTTP/1.1\nX\r\n\r\n"])
+def test_line_that_ends_with_lf_is_refused_alike_wherever_it_is_cut(head: bytes) -> None:
+    readings = [Reading(head[:cut], head[cut:]) for cut in range(len(head))]
+    assert len({reading.error and reading.error.message for reading in readings}) == 1
+
+
 def test_request_in_progress_may_have_160_kib_and_not_a_byte_more() -> None:
     start = CHUNKED[:-11] + b"1;x="
     requests = Reading(GET, start, b"a" * (parser.MAX_REQUEST_BYTES - len(start)))

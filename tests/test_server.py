@@ -19,6 +19,7 @@ import pytest
 
 import hello
 from server import settings
+from server.listener import Listener
 from server.worker import ClientConnection, Worker
 from tests.support.network import LOOPBACK, RESET_ON_CLOSE, Response, exchange, read_all, responses
 from tests.support.service import Service
@@ -298,6 +299,24 @@ def test_application_that_exits_when_the_workers_are_replaced_ends_the_service_w
         service.process.send_signal(signal.SIGHUP)
         assert service.process.wait(10) == 3
         assert service.log_text().count("a setting is wrong") == 1
+
+
+def test_listener_leaves_the_next_connections_to_other_workers_for_a_moment() -> None:
+    served: list[Any] = []
+    with gevent.socket.socket() as ours, contextlib.ExitStack() as clients:
+        ours.bind((LOOPBACK, 0))
+        ours.listen()
+        for _ in range(10):
+            clients.enter_context(socket.create_connection(ours.getsockname()))
+        listener = Listener(ours, lambda client, address: served.append(client), spawn=100)
+        listener.start()
+        for _ in range(20):
+            gevent.sleep(1e-6)  # a turn of the event loop
+        assert 1 <= len(served) < 10
+        with gevent.Timeout(10):
+            while len(served) < 10:
+                gevent.sleep(0.01)
+        listener.close()
 
 
 def connect_until_refused(port: int, answers: list[bytes]) -> list[str]:
