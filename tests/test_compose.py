@@ -11,7 +11,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,9 @@ ROOT = Path(__file__).parents[1]
 PROJECT = f"hello-test-{os.getpid()}"
 VERSION = f"test-{os.getpid()}"
 IMAGE = f"hello:{VERSION}"
-HARDENED = ["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
 SECRET = "decoy-4711"
 FILES = {"hello.py", "gunicorn.conf.py", "schema.sql", "openapi.yaml"}
 FILES |= {f"server/{path.name}" for path in (ROOT / "server").glob("*.py")}
-
-if subprocess.run(["sh", "-c", "timeout 20 docker compose ls"], capture_output=True, check=False).returncode != 0:
-    pytest.skip("not run: no Docker engine with Compose answers", allow_module_level=True)
-
 
 run = functools.partial(make.run, HELLO_VERSION=VERSION)
 
@@ -48,6 +43,8 @@ def inspect(kind: str, name: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Copy this folder, with secrets in it that must not get anywhere, as readable as a umask of 077 leaves it."""
+    if subprocess.run(["sh", "-c", "timeout 20 docker compose ls"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("not run: no Docker engine with Compose answers")
     folder = tmp_path_factory.mktemp("clone") / "hello"
     unwanted = shutil.ignore_patterns(".venv", ".postgres", ".git", ".env", "secrets", ".*_cache", ".hypothesis")
     shutil.copytree(ROOT, folder, ignore=unwanted)
@@ -71,7 +68,8 @@ def image(clone: Path) -> Iterator[dict[str, Any]]:
 def container(image: dict[str, Any]) -> Iterator[str]:
     """Run the image alone, hardened, without a database."""
     name = f"{PROJECT}-alone"
-    options = ["--detach", "--name", name, "--publish", "127.0.0.1::8080", "--health-interval", "1s", *HARDENED]
+    hardened = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
+    options = ["--detach", f"--name={name}", "--publish=127.0.0.1::8080", "--health-interval=3s", *hardened]
     run("docker", "run", *options, IMAGE)
     yield name
     run("docker", "rm", "--force", name)
@@ -86,19 +84,36 @@ class System:
         self.port = free_port()
         self.output = ""
         self.failure = ""  # the output of a `make compose-up` that failed before
+        self.containers = ""  # their ids before a `make compose-restart`
 
     def make(self, *arguments: str, status: int = 0, **settings: str) -> str:
         command = ["make", *arguments, f"COMPOSE_PROJECT_NAME={self.project}"]
         return run(*command, folder=self.folder, status=status, PORT=str(self.port), **settings)
 
     def compose(self, *arguments: str, status: int = 0) -> str:
-        command = ["docker", "compose", "--project-name", self.project, *arguments]
-        return run(*command, folder=self.folder, status=status)
+        return run("docker", "compose", f"--project-name={self.project}", *arguments, folder=self.folder, status=status)
+
+    def execute(self, service: str, *command: str, status: int = 0) -> str:
+        return run("docker", "exec", f"{self.project}-{service}-1", *command, status=status).strip()
 
     def sql(self, query: str) -> str:
         """Ask the database itself, as its superuser."""
-        command = ["psql", "--username=postgres", "--dbname=hello", "-XAt", f"--command={query}"]
-        return self.compose("exec", "-T", "database", *command).strip()
+        return self.execute("database", "psql", "--username=postgres", "--dbname=hello", "-XAt", f"--command={query}")
+
+    def fail_and_start(self) -> "System":
+        """Bring it up where init-db cannot work, and once more where it can."""
+        files = "docker-compose.yml:docker-compose.override.yml:broken.yml"
+        self.failure = self.make("compose-up", COMPOSE_FILE=files, status=2)
+        self.output = self.make("compose-up")
+        return self
+
+    def start_and_restart(self) -> "System":
+        """Bring it up, save a user, and take it down and up."""
+        self.output = self.make("compose-up")
+        assert ask(self.port, "PUT", "/hello/Zoe", body("1990-05-17")).status == 204
+        self.containers = self.compose("ps", "--quiet")
+        self.make("compose-restart")
+        return self
 
 
 # A test need not wait as long for the first check as a machine that serves, nor for the disk.
@@ -109,8 +124,8 @@ QUICK = """services:
 BROKEN = "services: {init-db: {environment: {PGDATABASE: nowhere, INIT_TIMEOUT: 0.5}}}"
 
 
-@pytest.fixture(scope="module")
-def systems(clone: Path, image: dict[str, Any]) -> Iterator[tuple[System, System]]:
+@pytest.fixture(scope="module", autouse=True)  # They come up while the tests of the image run.
+def systems(clone: Path, image: dict[str, Any]) -> Iterator[list[Future[System]]]:
     """Bring up two systems side by side: one without a .env, one with its password in files, as README.md says."""
     (clone / "docker-compose.override.yml").write_text(QUICK)
     (clone / "broken.yml").write_text(BROKEN)
@@ -120,38 +135,38 @@ def systems(clone: Path, image: dict[str, Any]) -> Iterator[tuple[System, System
     for name, text in {"password": SECRET, "service": f"[hello]\npassword={SECRET}\n"}.items():
         (folder / "secrets" / name).write_text(text)
         (folder / "secrets" / name).chmod(0o444)
-    (folder / ".env").write_text(
-        "COMPOSE_FILE=docker-compose.yml:compose/secrets.yml:docker-compose.override.yml\nTZ=Asia/Kathmandu\n"
-    )
+    files = "docker-compose.yml:compose/secrets.yml:docker-compose.override.yml"
+    (folder / ".env").write_text(f"COMPOSE_FILE={files}\nTZ=Asia/Kathmandu\n")
     plain, with_secrets = System(clone, PROJECT), System(folder, f"{PROJECT}-secrets")
-    files = "docker-compose.yml:docker-compose.override.yml:broken.yml"
     with ThreadPoolExecutor() as side_by_side:
-        try:
-            other = side_by_side.submit(with_secrets.make, "compose-up")
-            plain.failure = plain.make("compose-up", COMPOSE_FILE=files, status=2)
-            plain.output = plain.make("compose-up")
-            with_secrets.output = other.result()
-            yield plain, with_secrets
-        finally:
-            list(side_by_side.map(lambda s: s.compose("down", "--volumes", "--timeout", "0"), (plain, with_secrets)))
+        started = [side_by_side.submit(plain.fail_and_start), side_by_side.submit(with_secrets.start_and_restart)]
+        yield started
+        wait(started)
+        list(side_by_side.map(lambda s: s.compose("down", "--volumes", "--timeout", "0"), (plain, with_secrets)))
 
 
 @pytest.fixture(scope="module")
-def system(systems: tuple[System, System]) -> System:
-    return systems[0]
+def system(systems: list[Future[System]]) -> System:
+    return systems[0].result()
 
 
 @pytest.fixture(scope="module")
-def system_with_secrets(systems: tuple[System, System]) -> System:
-    return systems[1]
+def system_with_secrets(systems: list[Future[System]]) -> System:
+    return systems[1].result()
 
 
-# --- The image --------------------------------------------------------------------------------------
+# --- The image, and one hardened container of it ----------------------------------------------------
+
+
+def test_image_holds_time_zones_of_its_own(container: str) -> None:
+    options = ["--env=TZ=Asia/Kathmandu", "--env=PYTHONTZPATH="]
+    found = run("docker", "exec", *options, container, "python", "-c", "import hello; print(hello.TZ)")
+    assert found.strip() == "Asia/Kathmandu"
 
 
 def test_image_adds_less_than_60_mb_to_its_base(image: dict[str, Any], clone: Path) -> None:
     base = f"{IMAGE}-base"
-    run("docker", "build", "--target", "base", "--tag", base, str(clone))
+    run("docker", "build", "--target=base", f"--tag={base}", str(clone))
     added = image["Size"] - inspect("image", base)["Size"]
     run("docker", "image", "rm", "--force", base)
     assert 0 < added < 60_000_000
@@ -159,14 +174,14 @@ def test_image_adds_less_than_60_mb_to_its_base(image: dict[str, Any], clone: Pa
 
 def test_image_holds_the_service_and_no_test_cache_or_secret(image: dict[str, Any]) -> None:
     # The base's own files are not ours to judge: so /app and /venv, and the places where a build leaves things.
-    find = ["find", "/app", "/venv", "/root", "/tmp", "/var/tmp", "/home", "-type", "f"]
-    found = run("docker", "run", "--rm", "--user", "0", IMAGE, *find).split()
+    script = f"find /app /venv /root /tmp /var/tmp /home -type f; echo --; grep -rl {SECRET} /app /venv /root; true"
+    output = run("docker", "run", "--rm", "--user=0", "--network=none", IMAGE, "sh", "-c", script)
+    found, texts = (part.split() for part in output.split("\n--\n"))
     assert {path.removeprefix("/app/") for path in found if path.startswith("/app/")} == FILES
     assert "/venv/bin/gunicorn" in found
     unwanted = re.compile(r"test_|_test\.py|/tests?/|/\.cache/|/\.env|site-packages/pip/|^/tmp/|^/var/tmp/|\.whl$")
     assert [path for path in found if unwanted.search(path)] == []
-    texts = run("docker", "run", "--rm", "--user", "0", IMAGE, "sh", "-c", f"grep -rl {SECRET} /app /venv /root; true")
-    assert texts == ""
+    assert texts == []
 
 
 def test_build_context_holds_only_what_the_image_needs(clone: Path, tmp_path: Path) -> None:
@@ -184,15 +199,6 @@ def test_image_says_what_it_is(image: dict[str, Any]) -> None:
     assert labels["org.opencontainers.image.licenses"] == "MIT"
     assert image["Config"]["User"] == "10001:10001"
     assert set(image["Config"]["ExposedPorts"]) == {"8080/tcp", "8081/tcp"}
-
-
-def test_image_holds_time_zones_of_its_own(container: str) -> None:
-    environment = ["--env", "TZ=Asia/Kathmandu", "--env", "PYTHONTZPATH="]
-    command = ["python", "-c", "import hello; print(hello.TZ)"]
-    assert run("docker", "exec", *environment, container, *command).strip() == "Asia/Kathmandu"
-
-
-# --- One hardened container -------------------------------------------------------------------------
 
 
 def test_hardened_container_becomes_healthy_and_answers(container: str) -> None:
@@ -221,9 +227,68 @@ def test_health_check_fails_where_nothing_answers(image: dict[str, Any], contain
     check = image["Config"]["Healthcheck"]["Test"]
     assert check[0] == "CMD"
     run("docker", "exec", container, *check[1:])
-    command = ["docker", "exec", "--env", "PORT=8099", container, *check[1:]]
-    elsewhere = subprocess.run(command, check=False, capture_output=True)
-    assert elsewhere.returncode == 1
+    run("docker", "exec", "--env=PORT=8099", container, *check[1:], status=1)
+
+
+# --- What is not ours -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[System]:
+    """A project of somebody else, with a container and a volume."""
+    (tmp_path / "compose.yml").write_text(
+        f"services: {{photos: {{image: {IMAGE}, command: [sleep, infinity], volumes: ['photos:/photos'], "
+        "network_mode: none}}\nvolumes: {photos: {}}\n"
+    )
+    other = System(tmp_path, f"{PROJECT}-other")
+    other.compose("up", "--detach")
+    yield other
+    other.compose("down", "--volumes", "--timeout", "0")
+
+
+def test_clean_leaves_what_other_compose_files_created(image: dict[str, Any], clone: Path, other: System) -> None:
+    System(clone, other.project).make("clean", "WITH_DATA=yes", HELLO_VERSION="none")
+    assert inspect("container", f"{other.project}-photos-1")["State"]["Running"]
+    assert inspect("volume", f"{other.project}_photos")
+
+
+@pytest.mark.parametrize(("tagged", "is_left"), [(IMAGE, False), ("postgres:18", True)], ids=["built", "other"])
+def test_clean_removes_an_image_only_if_make_built_it(clone: Path, tagged: str, is_left: bool) -> None:
+    tag = f"{VERSION}-clean"
+    run("docker", "tag", tagged, f"hello:{tag}")
+    System(clone, f"{PROJECT}-clean").make("clean", HELLO_VERSION=tag)
+    found = run("docker", "image", "ls", "--quiet", f"hello:{tag}")
+    run("docker", "image", "rm", "--force", f"hello:{tag}")
+    assert bool(found) == is_left
+
+
+def test_data_of_version_1_move_as_the_page_says(image: dict[str, Any], clone: Path) -> None:
+    old, new = System(clone, f"{PROJECT}-old"), System(clone, f"{PROJECT}-new")
+    page = (ROOT / "docs/containers.md").read_text().partition("## Upgrade from version 1\n")[2]
+    commands = page.partition("```sh\n")[2].partition("```")[0]
+    for shown, used in {"hello-birthday-greetings_": f"{new.project}_", " hello_": f" {old.project}_"}.items():
+        commands = commands.replace(shown, used)
+    commands = commands.replace("--project-name hello ", f"--project-name {old.project} ")
+
+    def in_volumes(script: str, **folders: System) -> str:
+        volumes = [f"--volume={system.project}_data:/{name}" for name, system in folders.items()]
+        return run("docker", "run", "--rm", "--network=none", *volumes, "postgres:18", "sh", "-ec", script)
+
+    try:
+        old.compose("create", "database")
+        script = "cd old; mkdir -p 18/docker; echo old > 18/docker/kept; chmod 700 18/docker; chown -R postgres 18"
+        in_volumes(script, old=old)
+        run("bash", "-ec", commands, folder=clone, COMPOSE_PROJECT_NAME=new.project)
+        assert old.compose("ps", "--all", "--quiet") == ""
+        everything = "find . -printf '%p %u:%g %m\\n' | sort; cat 18/docker/kept"
+        script = f"cd /old; {everything}; cd /new; echo --; {everything}; echo new > 18/docker/kept"
+        copied, _, copy = in_volumes(script, old=old, new=new).partition("--\n")
+        assert copied == copy
+        run("bash", "-ec", commands, folder=clone, status=1, COMPOSE_PROJECT_NAME=new.project)
+        assert in_volumes("cat new/18/docker/kept", new=new) == "new\n"
+    finally:
+        for system in (old, new):
+            system.compose("down", "--volumes", "--timeout", "0")
 
 
 # --- The composed system ----------------------------------------------------------------------------
@@ -250,7 +315,7 @@ def test_development_password_is_that_of_env_example(system: System) -> None:
 def test_services_are_hardened_bounded_and_restarted_and_only_the_api_is_published(system: System) -> None:
     assert len(system.compose("ps", "--quiet").split()) == 2
     for service in ("api", "database"):
-        container = inspect("container", system.compose("ps", "--quiet", service).strip())
+        container = inspect("container", f"{system.project}-{service}-1")
         published = [port for port, addresses in container["NetworkSettings"]["Ports"].items() if addresses]
         assert published == (["8080/tcp"] if service == "api" else [])
         host = container["HostConfig"]
@@ -267,97 +332,23 @@ def test_service_is_no_superuser_of_the_database(system: System) -> None:
     assert ask(system.port, "GET", "/readyz").status == 200
     assert system.sql("SELECT usename FROM pg_stat_activity WHERE application_name = 'hello' LIMIT 1") == "hello"
     login = "import psycopg2; psycopg2.connect(user='postgres')"
-    tried = system.compose("exec", "-T", "api", "python", "-c", login, status=1)
-    assert "password authentication failed" in tried
+    assert "password authentication failed" in system.execute("api", "python", "-c", login, status=1)
 
 
-def test_stop_answers_the_request_that_has_begun_and_data_survives_down_and_up(system: System) -> None:
-    before = system.compose("ps", "--quiet").split()
-    api = system.compose("ps", "--quiet", "api").strip()
-    content = body("1990-05-17")
-    with socket.create_connection(("127.0.0.1", system.port), timeout=10) as client:
+def test_stop_answers_the_request_that_has_begun(system: System) -> None:
+    api, content = f"{system.project}-api-1", body("1990-05-17")
+    with socket.create_connection(("127.0.0.1", system.port), timeout=30) as client:
         client.sendall(b"PUT /hello/Begun HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(content))
-        stop = in_thread(run, "docker", "stop", "--time", "9", api)
-        wait_until(lambda: "Handling signal: term" in run("docker", "logs", api))
+        stop = in_thread(run, "docker", "stop", "--time", "30", api)
+        wait_until(lambda: "Handling signal: term" in run("docker", "logs", api), 30)
         client.sendall(content)
         assert client.recv(65536).startswith(b"HTTP/1.1 204 ")
-    stop.result(20)
+    stop.result(60)
     assert inspect("container", api)["State"]["ExitCode"] == 0
-    system.make("compose-restart")
-    assert not set(before) & set(system.compose("ps", "--quiet").split())
-    assert ask(system.port, "GET", "/hello/Begun").status == 200
     assert system.sql("SELECT date_of_birth FROM users WHERE username = 'Begun'") == "1990-05-17"
 
 
-# --- What is not ours -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def other(tmp_path: Path) -> Iterator[System]:
-    """A project of somebody else, with a container and a volume."""
-    (tmp_path / "compose.yml").write_text(
-        f"services: {{photos: {{image: {IMAGE}, command: [sleep, infinity], volumes: ['photos:/photos']}}}}\n"
-        "volumes: {photos: {}}\n"
-    )
-    other = System(tmp_path, f"{PROJECT}-other")
-    other.compose("up", "--detach")
-    yield other
-    other.compose("down", "--volumes", "--timeout", "0")
-
-
-def test_clean_leaves_what_other_compose_files_created(image: dict[str, Any], clone: Path, other: System) -> None:
-    System(clone, other.project).make("clean", "WITH_DATA=yes", HELLO_VERSION="none")
-    assert "Up" in other.compose("ps", "photos")
-    assert inspect("volume", f"{other.project}_photos")
-
-
-@pytest.mark.parametrize(("tagged", "is_left"), [(IMAGE, False), ("postgres:18", True)], ids=["built", "other"])
-def test_clean_removes_an_image_only_if_make_built_it(
-    image: dict[str, Any], clone: Path, tagged: str, is_left: bool
-) -> None:
-    tag = f"{VERSION}-clean"
-    run("docker", "tag", tagged, f"hello:{tag}")
-    System(clone, f"{PROJECT}-clean").make("clean", HELLO_VERSION=tag)
-    found = run("docker", "image", "ls", "--quiet", f"hello:{tag}")
-    run("docker", "image", "rm", "--force", f"hello:{tag}")
-    assert bool(found) == is_left
-
-
-def test_data_of_version_1_move_as_the_page_says(image: dict[str, Any], clone: Path) -> None:
-    old, new = System(clone, f"{PROJECT}-old"), System(clone, f"{PROJECT}-new")
-    page = (ROOT / "docs/containers.md").read_text().partition("## Upgrade from version 1\n")[2]
-    commands = page.partition("```sh\n")[2].partition("```")[0]
-    for shown, used in {"hello-birthday-greetings_": f"{new.project}_", " hello_": f" {old.project}_"}.items():
-        commands = commands.replace(shown, used)
-    commands = commands.replace("--project-name hello ", f"--project-name {old.project} ")
-
-    def in_volumes(script: str, **folders: System) -> str:
-        volumes = [f"--volume={system.project}_data:/{name}" for name, system in folders.items()]
-        return run("docker", "run", "--rm", *volumes, "postgres:18", "sh", "-ec", script)
-
-    try:
-        old.compose("create", "database")
-        script = "cd old; mkdir -p 18/docker; echo old > 18/docker/kept; chmod 700 18/docker; chown -R postgres 18"
-        in_volumes(script, old=old)
-        run("bash", "-ec", commands, folder=clone, COMPOSE_PROJECT_NAME=new.project)
-        assert old.compose("ps", "--all", "--quiet") == ""
-        everything = "find . -printf '%p %u:%g %m\\n' | sort; cat 18/docker/kept"
-        script = f"cd /old; {everything}; cd /new; echo --; {everything}; echo new > 18/docker/kept"
-        copied, _, copy = in_volumes(script, old=old, new=new).partition("--\n")
-        assert copied == copy
-        run("bash", "-ec", commands, folder=clone, status=1, COMPOSE_PROJECT_NAME=new.project)
-        assert in_volumes("cat new/18/docker/kept", new=new) == "new\n"
-    finally:
-        for system in (old, new):
-            system.compose("down", "--volumes", "--timeout", "0")
-
-
-# --- The composed system with secrets ---------------------------------------------------------------
-
-
 def test_password_in_a_file_is_used_and_in_no_environment(system_with_secrets: System) -> None:
-    assert ask(system_with_secrets.port, "PUT", "/hello/Zoe", body("1990-05-17")).status == 204
-    assert system_with_secrets.sql("SELECT date_of_birth FROM users") == "1990-05-17"
     for name in system_with_secrets.compose("ps", "--all", "--quiet").split():
         environment = inspect("container", name)["Config"]["Env"]
         passwords = [setting for setting in environment if setting.startswith(("PGPASSWORD=", "POSTGRES_PASSWORD="))]
@@ -367,4 +358,11 @@ def test_password_in_a_file_is_used_and_in_no_environment(system_with_secrets: S
 
 
 def test_env_wins_over_env_example(system_with_secrets: System) -> None:
-    assert system_with_secrets.compose("exec", "-T", "api", "printenv", "TZ").strip() == "Asia/Kathmandu"
+    assert system_with_secrets.execute("api", "printenv", "TZ") == "Asia/Kathmandu"
+
+
+def test_data_survives_down_and_up(system_with_secrets: System) -> None:
+    containers = set(system_with_secrets.compose("ps", "--quiet").split())
+    assert containers.isdisjoint(system_with_secrets.containers.split())
+    assert ask(system_with_secrets.port, "GET", "/hello/Zoe").status == 200
+    assert system_with_secrets.sql("SELECT date_of_birth FROM users") == "1990-05-17"
