@@ -23,7 +23,7 @@ def parse_arguments() -> argparse.Namespace:
     """Return the command line's arguments."""
     names = [contestant.name for contestant in CONTESTANTS]
     parser = argparse.ArgumentParser(prog="make bench ARGS=...", description=__doc__.partition(":")[0])
-    parser.add_argument("--rounds", type=int, default=5, help="default 5")
+    parser.add_argument("--rounds", type=int, default=9, help="default 9")
     parser.add_argument("--seconds", type=int, default=2, help="of each load in a round (default 2)")
     parser.add_argument("--only", default="", help=f"compare only these, and write no file: {','.join(names)}")
     parser.add_argument("--against", type=Path, help="compare with the hello of this checkout, and write no file")
