@@ -105,7 +105,7 @@ class LineWriter:
         self.taken = 0  # lines that the thread has taken from the queue and written or dropped
         self.refused = 0  # lines that found too many waiting
         self.failed = 0  # lines that could not be written; the thread counts them
-        self.line_end = b""  # of a line that was cut when it could not be written
+        self.line_end = b""  # what the next write begins with: the end of a line that was cut
         self.finished: Any = None  # a lock that the thread releases when it ends; None without a thread
 
     @property
@@ -142,7 +142,6 @@ class LineWriter:
         """
         while (lines := waiting.get()) is not None:
             self.write_lines(lines)
-            self.taken += len(lines)
         finished.release()
 
     def write_lines(self, lines: list[str]) -> None:
@@ -153,14 +152,16 @@ class LineWriter:
             end = data.rfind(b"\n", start, start + PIPE_BUF)
             if end < 0:
                 end = data.find(b"\n", start)
-            self.write(data[start : end + 1])
+            piece = data[start : end + 1]
+            self.write(piece)
+            self.taken += piece.count(b"\n")
             start = end + 1
 
     def write(self, piece: bytes) -> None:
         """Write whole lines; wait while the reader of a non-blocking pipe is slow."""
         writable = poll()
         writable.register(self.descriptor, POLLOUT)
-        rest = self.line_end + piece
+        data = rest = self.line_end + piece
         while rest:
             try:
                 written = os.write(self.descriptor, rest)
@@ -169,7 +170,8 @@ class LineWriter:
                 writable.poll()
             except OSError:  # the reader is gone, or the disk is full
                 self.failed += piece[-len(rest) :].count(b"\n")
-                self.line_end = b"\n"
+                if written_part := data[: -len(rest)]:
+                    self.line_end = b"" if written_part.endswith(b"\n") else b"\n"
                 return
         self.line_end = b""
 
@@ -179,7 +181,7 @@ class LineWriter:
         if finished:
             self.waiting.put(None)
             if not finished.acquire(timeout=STOP_SECONDS):
-                self.refused += self.added - self.taken
+                self.refused += max(0, self.added - self.taken)  # a line of a record may have several
 
 
 WRITER = LineWriter(STDOUT)

@@ -1,4 +1,4 @@
-"""Check gunicorn's options at the start: exit with one line if the service would ignore one, or only half do it."""
+"""Check gunicorn's options: exit with one line if the service ignores one, half does it, or has a setting for it."""
 
 import socket
 import sys

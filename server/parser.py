@@ -236,7 +236,10 @@ class ChunkReader:
         self.parser.feed_data(CHUNKED_HEAD)
 
     def feed(self, data: bytes) -> bytes:
-        """Take bytes; return those behind the content. It is fed to each blank line: llhttp does not tell its end."""
+        """Take bytes; return those behind the content.
+
+        llhttp gets the bytes up to one blank line at a time, because it does not tell where the content ends.
+        """
         while data and not self.content.is_complete:
             found = (self.tail + data).find(BLANK_LINE)
             end = len(data)

@@ -125,7 +125,7 @@ class ClientConnection:
         return True
 
     def receive(self) -> bytes:
-        """Return the client's next bytes; none at their end, or if it is late: a phase has one limit."""
+        """Return what the client sends next; nothing at its end or once its time is up. A phase has one time limit."""
         request = self.request
         if not request.received:
             self.enter(IDLE, settings.KEEPALIVE_TIMEOUT)

@@ -335,7 +335,7 @@ def test_service_is_no_superuser_of_the_database(system: System) -> None:
     assert "password authentication failed" in system.execute("api", "python", "-c", login, status=1)
 
 
-def test_stop_answers_the_request_that_has_begun(system: System) -> None:
+def test_stop_answers_the_request_that_has_begun(system: System) -> None:  # the last of `system`: it has no API then
     api, content = f"{system.project}-api-1", body("1990-05-17")
     with socket.create_connection(("127.0.0.1", system.port), timeout=30) as client:
         client.sendall(b"PUT /hello/Begun HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(content))

@@ -188,6 +188,10 @@ def test_memory_fits_the_request(pods: Pods) -> None:
         assert 10 * 2**20 < quantity(usage) < requested, name
 
 
+def test_wrong_password_never_gets_past_the_init_container(pods: Pods) -> None:
+    assert "password authentication failed" in pods.refused.result()
+
+
 def test_pod_stays_ready_without_its_database_and_answers_503(pods: Pods) -> None:
     assert pods.ask("PUT", "/hello/Ada", body("1815-12-10")).status == 204
     assert pods.stop("hello-database") == "0"
@@ -202,7 +206,3 @@ def test_pod_stays_ready_without_its_database_and_answers_503(pods: Pods) -> Non
 
 def test_api_stops_gracefully(pods: Pods) -> None:
     assert pods.stop("hello-api") == "0"
-
-
-def test_wrong_password_never_gets_past_the_init_container(pods: Pods) -> None:
-    assert "password authentication failed" in pods.refused.result()
