@@ -136,10 +136,7 @@ class LineWriter:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def run(self, waiting: "SimpleQueue[list[str] | None]", finished: Any) -> None:
-        """Write lines until None is queued.
-
-        The arguments are those of this thread: `close` and a fork replace the attributes.
-        """
+        """Write lines until None is queued; the arguments stay when `close` and a fork replace the attributes."""
         while (lines := waiting.get()) is not None:
             self.write_lines(lines)
         finished.release()

@@ -301,22 +301,38 @@ def test_application_that_exits_when_the_workers_are_replaced_ends_the_service_w
         assert service.log_text().count("a setting is wrong") == 1
 
 
-def test_listener_leaves_the_next_connections_to_other_workers_for_a_moment() -> None:
-    served: list[Any] = []
+@contextlib.contextmanager
+def burst(seconds: float) -> Iterator[list[Any]]:
+    """Let a listener find ten connections that are served for some seconds; yield those that it accepts."""
+    accepted: list[Any] = []
+
+    def serve(client: Any, address: Any) -> None:
+        accepted.append(client)
+        gevent.sleep(seconds)
+
     with gevent.socket.socket() as ours, contextlib.ExitStack() as clients:
         ours.bind((LOOPBACK, 0))
         ours.listen()
         for _ in range(10):
             clients.enter_context(socket.create_connection(ours.getsockname()))
-        listener = Listener(ours, lambda client, address: served.append(client), spawn=100)
+        listener = Listener(ours, serve, spawn=100)
         listener.start()
-        for _ in range(20):
+        for _ in range(40):
             gevent.sleep(1e-6)  # a turn of the event loop
-        assert 1 <= len(served) < 10
-        with gevent.Timeout(10):
-            while len(served) < 10:
-                gevent.sleep(0.01)
+        yield accepted
         listener.close()
+
+
+def test_burst_of_connections_is_left_to_the_other_workers_in_between() -> None:
+    with burst(seconds=5) as accepted, gevent.Timeout(20):
+        assert 1 <= len(accepted) < 10
+        while len(accepted) < 10:
+            gevent.sleep(0.01)
+
+
+def test_connections_that_end_at_once_are_accepted_without_a_pause() -> None:
+    with burst(seconds=0) as accepted:
+        assert len(accepted) == 10
 
 
 def connect_until_refused(port: int, answers: list[bytes]) -> list[str]:
