@@ -7,6 +7,7 @@ import matplotlib
 
 matplotlib.use("agg")
 from matplotlib import pyplot
+from PIL import Image
 
 from bench.load import CLIENTS, METHODS
 from bench.report import Results
@@ -39,3 +40,4 @@ def plot(results: Results, path: Path) -> None:
     axes.set_title(f"Requests a second, {CLIENTS} clients: median, smallest, largest", loc="left")
     figure.legend(loc="outside lower center", ncols=len(METHODS))
     figure.savefig(path, dpi=120, transparent=True)
+    Image.open(path).quantize(64).save(path, optimize=True)  # a third of the bytes
