@@ -18,7 +18,7 @@ from _thread import allocate_lock, start_new_thread
 from datetime import UTC, datetime
 from functools import lru_cache
 from queue import SimpleQueue
-from select import PIPE_BUF, POLLOUT, poll
+from select import PIPE_BUF, select
 from typing import Any, NamedTuple
 
 from server import settings
@@ -155,22 +155,25 @@ class LineWriter:
             start = end + 1
 
     def write(self, piece: bytes) -> None:
-        """Write whole lines; wait while the reader of a non-blocking pipe is slow."""
-        writable = poll()
-        writable.register(self.descriptor, POLLOUT)
-        data = rest = self.line_end + piece
-        while rest:
+        """Write whole lines, after the end of a line that was cut; count those that cannot be written."""
+        data = self.line_end + piece
+        size = self.write_bytes(data)
+        if size:
+            self.line_end = b"" if data[:size].endswith(b"\n") else b"\n"
+        lost = data[size:].count(b"\n")
+        self.failed += min(lost, piece.count(b"\n"))  # the line that was cut is counted already
+
+    def write_bytes(self, data: bytes) -> int:
+        """Return how many bytes could be written; wait while the reader of a non-blocking pipe is slow."""
+        size = 0
+        while size < len(data):
             try:
-                written = os.write(self.descriptor, rest)
-                rest = rest[written:]
+                size += os.write(self.descriptor, data[size:])
             except BlockingIOError:
-                writable.poll()
+                select([], [self.descriptor], [])
             except OSError:  # the reader is gone, or the disk is full
-                self.failed += piece[-len(rest) :].count(b"\n")
-                if written_part := data[: -len(rest)]:
-                    self.line_end = b"" if written_part.endswith(b"\n") else b"\n"
-                return
-        self.line_end = b""
+                break
+        return size
 
     def close(self) -> None:
         """Write the waiting lines; after STOP_SECONDS, count them as lost."""
@@ -178,7 +181,7 @@ class LineWriter:
         if finished:
             self.waiting.put(None)
             if not finished.acquire(timeout=STOP_SECONDS):
-                self.refused += max(0, self.added - self.taken)  # a line of a record may have several
+                self.refused += self.added - self.taken
 
 
 WRITER = LineWriter(STDOUT)
@@ -200,4 +203,4 @@ class Handler(logging.Handler):
     """Queue the records of gunicorn and hello."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        WRITER.add([record_line(record)])
+        WRITER.add(record_line(record).splitlines())

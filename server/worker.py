@@ -140,10 +140,9 @@ class ClientConnection:
 
     def check_end(self) -> None:
         """Raise ProtocolError if the client's time ended within a request, or its data within the content."""
-        request = self.request
-        if self.is_late and (request.head or request.environ):  # more than a blank line has arrived
+        if self.is_late and (self.request.head or self.request.environ):  # more than a blank line has arrived
             raise ProtocolError(*LATE)
-        if request.environ:
+        if self.request.environ:
             raise ProtocolError(*BAD_CONTENT)
 
     def expire(self) -> None:
